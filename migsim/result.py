@@ -1,0 +1,129 @@
+"""What a run found: frozen, and the same bytes for the same scenario and seed on any machine (no wall clock, no RSS).
+
+JSON `format` history: 1 the first.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct, field
+
+from migsim.scenario import Scenario
+
+__all__ = [
+    "FORMAT", "DowntimePart", "Progress", "Result", "Round", "check_writable", "from_json", "to_json", "write_json",
+]  # fmt: skip
+
+FORMAT: Final = 1
+
+
+class Round(Struct, frozen=True, kw_only=True, rename="kebab"):
+    """From one bitmap sync to the next. Times are ns since the migrate command, sizes bytes."""
+
+    sync: int  # QMP's dirty-sync-count
+    start_ns: int
+    duration_ns: int = 0
+    dirty_pages: int  # marked in QEMU's bitmap right after the sync: leftover + newly dirty
+    new_dirty_pages: int = 0  # of these, found by this sync
+    sent_pages: int = 0  # whole pages that went over the wire with their data
+    zero_pages: int = 0  # pages that went as a zero record
+    transferred_bytes: int = 0  # on the wire, everything
+    bandwidth: float = 0.0  # bytes/s over the round
+    threshold_bytes: int = 0  # QEMU's threshold_size when the round ended
+    expected_downtime_ms: int = 0  # QEMU's estimate when the round ended
+    cpu_throttle_percentage: int = 0
+    stopped: bool = False  # the guest's vCPUs are stopped: the last round
+
+
+class DowntimePart(Struct, frozen=True, kw_only=True, rename="kebab"):
+    """One term of the blackout; the parts add up to it."""
+
+    name: str
+    duration_ns: int
+    about: str = ""
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """How far a run is; what `simulation.run` hands to its `progress` callback between two windows."""
+
+    now_ns: int
+    phase: str  # MigrationStatus
+    sync: int
+    remaining_bytes: int
+    total_bytes: int
+    rounds: tuple[Round, ...] = ()  # finished ones
+
+
+class Result(Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Outcome of one run. `migration` is query-migrate's reply field for field, `verify` the ground truth's counts."""
+
+    format: int = FORMAT
+    verdict: str  # one sentence, the limiting term first
+    converged: bool
+    interrupted: bool = False
+    scenario: Scenario
+    seed: int
+    migration: dict[str, Any] = field(default_factory=dict)
+    rounds: tuple[Round, ...] = ()
+    downtime: tuple[DowntimePart, ...] = ()
+    kvm: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, Any] = field(default_factory=dict)
+    verify: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """3 a page was lost, 130 interrupted, 0 converged, 1 not."""
+        if self.verify.get("lost-pages", 0):
+            return 3
+        if self.interrupted:
+            return 130
+        return 0 if self.converged else 1
+
+
+def to_json(result: Result) -> bytes:
+    """The result as indented JSON with a newline at the end."""
+    return msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
+
+
+def from_json(text: bytes) -> Result:
+    """A result read back. Raises msgspec.ValidationError where the text is not one of this format."""
+    return msgspec.json.decode(text, type=Result)
+
+
+def check_writable(path: str) -> None:
+    """Raises OSError if `write_json` could not put a file at `path`; leaves nothing behind."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(21, "is a directory", path)
+    with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name[:64]}."):
+        pass
+
+
+def write_json(result: Result, path: str) -> None:
+    """Writes beside `path` and renames: a reader sees the old file or the whole new one. Raises OSError."""
+    target = Path(path)
+    if target.exists() and not target.is_file():  # a FIFO or /dev/stdout cannot be renamed over
+        target.write_bytes(to_json(result))
+        return
+    with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name[:64]}.", delete=False) as stream:
+        try:
+            stream.write(to_json(result))
+            stream.flush()
+            os.fchmod(stream.fileno(), 0o666 & ~_umask())
+            os.replace(stream.name, target)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(stream.name)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,75 @@
+"""`[kvm]`, `[link]`, `[host]` and `[expect]`: the machine under the guest, the wire, and what an author foresaw."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from migsim.scenario.errors import ScenarioError
+from migsim.scenario.fields import duration, link_rate, milliseconds, share
+from migsim.units import NS_PER_S
+
+__all__ = ["Expect", "Host", "Kvm", "Link", "LinkPhase"]
+
+_RING_MIN, _RING_MAX = 1024, 65536  # KVM_DIRTY_RING_MAX_ENTRIES; the floor leaves room for PML's 512 and KVM's reserve
+
+
+class Kvm(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """Module parameters and capabilities of KVM, under KVM's names."""
+
+    mmu: Annotated[
+        Literal["tdp", "tdp-5.10", "shadow"],
+        Meta(description="tdp: of today; tdp-5.10: as first merged; shadow: before it, and without EPT/NPT"),
+    ] = "tdp"
+    vendor: Literal["intel", "amd"] = "intel"
+    pml: Annotated[bool, Meta(description="page-modification logging; Intel only, ignored on AMD")] = True
+    eager_page_split: bool = True
+    manual_dirty_log_protect: Annotated[
+        Literal["initially-set", "enable", "off"],
+        Meta(description="KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3, 1 or 0; QEMU takes what the kernel offers"),
+    ] = "initially-set"
+    dirty_ring_size: Annotated[int, Meta(ge=0, le=_RING_MAX, description="entries a vCPU; 0: bitmap")] = 0
+    nx_huge_pages: bool = False
+
+    def __post_init__(self) -> None:
+        ring = self.dirty_ring_size
+        if ring and (ring < _RING_MIN or ring & (ring - 1)):
+            problem = f"must be 0 (bitmap) or a power of two from {_RING_MIN} to {_RING_MAX}"
+            raise ScenarioError("dirty-ring-size", problem, value=ring)
+
+
+class LinkPhase(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """From `at` ns after the migrate command on, the migration gets `share` of the link."""
+
+    at: Annotated[int, duration("since the migrate command")]
+    share: Annotated[float, share("of the bandwidth")]
+
+
+class Link(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """The network between the hosts. bandwidth: bytes/s of payload, latency: ns one way."""
+
+    bandwidth: Annotated[int, link_rate("of the migration network", ge=1)] = 1_250_000_000
+    latency: Annotated[int, duration("one way", le=60 * NS_PER_S)] = 50_000
+    phases: tuple[LinkPhase, ...] = ()
+
+    def __post_init__(self) -> None:
+        times = [phase.at for phase in self.phases]
+        if any(later <= earlier for earlier, later in pairwise(times)):
+            raise ScenarioError("phases", 'must be in order of "at", each later than the one before')
+
+
+class Host(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """Whose costs are charged: the name of a host profile."""
+
+    profile: str = "default"
+
+
+class Expect(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """What the scenario's author foresaw; `migsim run` says whether it came true. Bounds are inclusive."""
+
+    converged: bool
+    total_time: tuple[Annotated[int, milliseconds("")], Annotated[int, milliseconds("")]] | None = None
+    downtime: tuple[Annotated[int, milliseconds("")], Annotated[int, milliseconds("")]] | None = None
+    syncs: tuple[int, int] | None = None
