@@ -1,0 +1,1 @@
+"""The suites: one body each, run on every backend that can show what it asserts."""
