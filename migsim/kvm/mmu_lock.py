@@ -1,0 +1,63 @@
+"""mmu_lock: a spinlock until Linux 5.12, an rwlock since. The model only checks and counts; queues are perf's business.
+
+Operations nest only where a test interleaves a second actor at a chosen step: readers may overlap readers, a writer
+nobody. What the kernel would deadlock or corrupt on raises AssertionError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from migsim.sim.meter import Meter
+
+
+class MmuLock:
+    """`shared=False` turns every acquisition into an exclusive one (shadow MMU, TDP MMU of 5.10)."""
+
+    def __init__(self, meter: Meter, *, shared: bool) -> None:
+        self._meter = meter
+        self._shared = shared
+        self.readers = 0
+        self.writer = False
+
+    @contextmanager
+    def read(self) -> Iterator[bool]:
+        """Hold for read; yields whether others may hold it too (`shared` in the MMU's function arguments)."""
+        if not self._shared:
+            with self.write():
+                yield False
+            return
+        assert not self.writer, "mmu_lock read-locked while a writer holds it"
+        self._meter.count("mmu_lock_read")
+        self.readers += 1
+        try:
+            yield True
+        finally:
+            self.readers -= 1
+
+    @contextmanager
+    def write(self) -> Iterator[bool]:
+        """Hold exclusively."""
+        assert not self.writer and not self.readers, f"mmu_lock write-locked with {self.readers} readers inside"
+        self._meter.count("mmu_lock_write")
+        self.writer = True
+        try:
+            yield False
+        finally:
+            self.writer = False
+
+    @contextmanager
+    def dropped(self) -> Iterator[None]:
+        """A yield: the lock is free inside, then taken again as it was held (cond_resched_rwlock)."""
+        readers, writer = self.readers, self.writer
+        self.readers, self.writer = max(readers - 1, 0), False
+        try:
+            yield
+        finally:
+            self.readers, self.writer = readers, writer
+
+    @property
+    def held(self) -> bool:
+        """By anybody."""
+        return self.writer or self.readers > 0

@@ -1,0 +1,213 @@
+"""What every part of the MMU shares: the VM it serves, format, vintage, lock, roots, RCU, lists.
+
+The parts are functions that receive this object, as KVM's receive `struct kvm`. `VmSeam` and `VcpuSeam` are all the
+MMU needs of the VM above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from migsim.kvm.config import VmConfig
+from migsim.kvm.host_mm import HostMm
+from migsim.kvm.memslot import Memslot, Memslots
+from migsim.kvm.mmu_lock import MmuLock
+from migsim.kvm.roots import Role, Root, RootList
+from migsim.kvm.spte import SpteFormat, spte_format
+from migsim.kvm.stats import Stats
+from migsim.kvm.vintage import SHADOW, VINTAGES, Vintage
+from migsim.sim.meter import Meter
+
+
+class VcpuSeam(Protocol):
+    """What the MMU asks of a vCPU. `smm`: it runs in system-management mode. `guest_mode`: it runs an L2 guest."""
+
+    id: int
+    smm: bool
+    guest_mode: bool
+
+
+class VmSeam(Protocol):
+    """What the MMU asks of the VM."""
+
+    stats: Stats
+    host: HostMm
+
+    @property
+    def config(self) -> VmConfig: ...
+    @property
+    def meter(self) -> Meter: ...
+    @property
+    def pml_enabled(self) -> bool: ...
+    @property
+    def manual_dirty_log_protect(self) -> int: ...
+    def memslots(self, as_id: int) -> Memslots: ...
+    def gfn_to_slot(self, as_id: int, gfn: int) -> Memslot | None: ...
+    def mark_page_dirty_in_slot(self, slot: Memslot, gfn: int, vcpu: Any = None) -> None: ...
+    def flush_remote_tlbs(self) -> None: ...
+    def flush_remote_tlbs_memslot(self, slot: Memslot) -> None: ...
+    def flush_gfn_range(self, root: Root, gfn: int, n: int) -> None: ...
+    def trace(self, name: str, **fields: Any) -> None: ...
+
+
+class Sched:
+    """The seam for yielding: nobody else wants the CPU or the lock. Tests override both methods."""
+
+    def need_resched(self) -> bool:
+        """Is the lock contended, or the time slice over?"""
+        return False
+
+    def resched(self) -> None:
+        """The lock is free: others run now."""
+
+
+class Rcu:
+    """Read sections nest; what was deferred inside runs when the outermost ends."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self._deferred: list[Callable[[], None]] = []
+
+    @property
+    def pending(self) -> int:
+        """Callbacks that wait for readers."""
+        return len(self._deferred)
+
+    def call(self, callback: Callable[[], None]) -> None:
+        """Run `callback` once no reader can hold a pointer any more."""
+        self._deferred.append(callback)
+        if not self.depth:
+            self._run()
+
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        """A read section."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if not self.depth:
+                self._run()
+
+    @contextmanager
+    def dropped(self) -> Iterator[None]:
+        """Leave every read section for a while, as a walker does when it yields."""
+        depth, self.depth = self.depth, 0
+        self._run()
+        try:
+            yield
+        finally:
+            self.depth = depth
+
+    def _run(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for callback in deferred:
+            callback()
+
+
+class NxList:
+    """possible_nx_huge_pages: FIFO of tables kept small only because huge pages must not be executable."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[Root, int], None] = {}
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __contains__(self, key: tuple[Root, int]) -> bool:
+        return key in self._tables
+
+    def __iter__(self) -> Iterator[tuple[Root, int]]:
+        """(root, table frame), oldest first."""
+        return iter(tuple(self._tables))
+
+    def add(self, root: Root, table_pfn: int) -> None:
+        """Track one more table."""
+        self._tables[root, table_pfn] = None
+
+    def discard(self, root: Root, table_pfn: int) -> bool:
+        """Stop tracking; True if it was tracked."""
+        return self._tables.pop((root, table_pfn), 0) is None
+
+
+class InvalidateRange:
+    """mmu_invalidate_*: how many notifiers run, over which gfns (their hull), and how many have finished."""
+
+    def __init__(self) -> None:
+        self.in_progress = 0
+        self.seq = 0
+        self.start = 0
+        self.end = 0
+
+    def begin(self, start: int, end: int) -> None:
+        """A notifier over gfns [start, end) starts."""
+        if self.in_progress:
+            self.start, self.end = min(self.start, start), max(self.end, end)
+        else:
+            self.start, self.end = start, end
+        self.in_progress += 1
+
+    def finish(self) -> None:
+        """It ends: the sequence moves before the count, so that a fault sees at least one of the two."""
+        self.seq += 1
+        self.in_progress -= 1
+        assert self.in_progress >= 0, "an MMU notifier ended that never began"
+
+    def covers(self, gfn: int) -> bool:
+        """Is gfn being invalidated right now?"""
+        return self.in_progress > 0 and self.start <= gfn < self.end
+
+    def retry(self, seq: int, gfn: int) -> bool:
+        """Must a fault that resolved its frame at `seq` start over?"""
+        return self.covers(gfn) or self.seq != seq
+
+
+def vintage_of(config: VmConfig) -> Vintage:
+    """The row for a VM; without two-dimensional paging only the shadow MMU can serve it."""
+    return VINTAGES[config.mmu] if config.tdp else SHADOW
+
+
+class MmuState:
+    """Shared by the TDP MMU, the shadow MMU and the fault handler of one VM; a snapshot taken at its creation."""
+
+    def __init__(self, vm: VmSeam, vintage: Vintage | None = None) -> None:
+        config = vm.config
+        self.vm = vm
+        self.vintage = vintage or vintage_of(config)
+        self.mmio_caching = config.mmio_caching and (config.vendor == "intel" or config.maxphyaddr < 52)
+        self.fmt: SpteFormat = spte_format(
+            config.vendor,
+            vintage_5_10=self.vintage.format_5_10,
+            ad_bits=config.ad_bits,
+            mmio_caching=self.mmio_caching,
+        )
+        self.ad_enabled = config.vendor == "amd" or config.ad_bits
+        self.level = 5 if config.maxphyaddr > 48 else 4
+        self.nx_huge_pages = config.nx_huge_pages
+        self.lock = MmuLock(vm.meter, shared=self.vintage.shared_lock)
+        self.roots = RootList()
+        self.rcu = Rcu()
+        self.sched = Sched()
+        self.nx = NxList()
+        self.invalidate = InvalidateRange()
+        self.write_tracked: dict[tuple[int, int], int] = {}  # (as_id, gfn) -> trackers
+
+    @property
+    def stats(self) -> Stats:
+        """The VM's counters."""
+        return self.vm.stats
+
+    def role(self, vcpu: VcpuSeam) -> Role:
+        """The role of the direct root a vCPU needs now."""
+        return Role(self.level, smm=vcpu.smm, guest_mode=vcpu.guest_mode, ad_disabled=not self.ad_enabled)
+
+    def is_write_tracked(self, slot: Memslot, gfn: int) -> bool:
+        """Must stores to gfn reach the MMU (kvm_gfn_is_write_tracked)?"""
+        return self.write_tracked.get((slot.as_id, gfn), 0) > 0
+
+    def flush_gfn(self, root: Root, gfn: int, pages: int) -> None:
+        """Forget translations of a range on every vCPU before going on."""
+        self.vm.flush_gfn_range(root, gfn, pages)

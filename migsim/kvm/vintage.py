@@ -1,0 +1,70 @@
+"""Which behaviour of which kernel: one row per MMU generation, each column a change that can be seen.
+
+`mmu = "shadow" | "tdp-5.10" | "tdp"` picks a row; the rows between are for comparing kernels. Facts: Linux commits
+named beside the columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+DisableForm = Literal["zap-nothing", "zap-leafs", "zap-tables", "recover"]
+
+
+@dataclass(frozen=True, slots=True)
+class Vintage:
+    """Columns, in the order of history.
+
+    format_5_10: SPTE software bits at 10 and 11, non-present is 0. shared_lock: rwlock, faults and slot-wide walks
+    take it for read (5.12). fast_page_fault: lockless repair (TDP: 5.15). fast_zap: zap-all by invalidating roots
+    (5.13). eager_split: huge pages split when logging is enabled or cleared (5.18). splits_on_fault: a huge page in
+    the way is split with its 512 translations, not zapped to an empty table (6.2). marks_in_make_spte: dirty marking
+    moved out of the change handler. age_clears_dirty, changed_pte (until 6.10), protects_huge_at_enable (INITIALLY_SET,
+    5.7 to 5.10): 5.10 habits. disable: what disabling the log does: 5.10 tests the wrong frame and zaps nothing
+    (fixed by 3eda3381), then leaf by leaf, then tables (5ba7c4c6), then in-place recovery (6.13). nx_skips_logged: NX
+    recovery leaves tables of logged slots (eb298605). write_protected: RET_PF_WRITE_PROTECTED exists (6.12).
+    tdp: the TDP MMU serves direct roots; else the shadow MMU does.
+    """
+
+    name: str
+    tdp: bool = True
+    format_5_10: bool = False
+    shared_lock: bool = True
+    fast_page_fault: bool = True
+    fast_zap: bool = True
+    eager_split: bool = True
+    splits_on_fault: bool = True
+    marks_in_make_spte: bool = True
+    age_clears_dirty: bool = False
+    changed_pte: bool = False
+    protects_huge_at_enable: bool = False
+    disable: DisableForm = "recover"
+    nx_skips_logged: bool = True
+    write_protected: bool = True
+
+
+TDP: Final = Vintage("tdp")
+TDP_6_8: Final = replace(TDP, name="tdp-6.8", disable="zap-tables", write_protected=False, changed_pte=True)
+TDP_5_19: Final = replace(TDP_6_8, name="tdp-5.19", splits_on_fault=False, nx_skips_logged=False)
+TDP_5_15: Final = replace(TDP_5_19, name="tdp-5.15", eager_split=False, disable="zap-leafs")
+TDP_5_10: Final = Vintage(
+    "tdp-5.10",
+    format_5_10=True,
+    shared_lock=False,
+    fast_page_fault=False,
+    fast_zap=False,
+    eager_split=False,
+    splits_on_fault=False,
+    marks_in_make_spte=False,
+    age_clears_dirty=True,
+    changed_pte=True,
+    protects_huge_at_enable=True,
+    disable="zap-nothing",
+    nx_skips_logged=False,
+    write_protected=False,
+)
+SHADOW: Final = replace(
+    TDP, name="shadow", tdp=False, shared_lock=False, eager_split=False, splits_on_fault=False, disable="zap-leafs"
+)
+VINTAGES: Final = {row.name: row for row in (SHADOW, TDP_5_10, TDP_5_15, TDP_5_19, TDP_6_8, TDP)}
