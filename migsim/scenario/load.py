@@ -55,6 +55,7 @@ def build(data: Mapping[str, Any], overrides: Iterable[str] = (), *, file: str =
 
 def read_text(file: str, limit_bytes: int, what: str) -> str:
     """The UTF-8 text of `file`, at most `limit_bytes`: a larger regular file is refused before it is read."""
+    file = "/dev/stdin" if file == "-" else file
     try:
         status = os.stat(file)
         if stat.S_ISDIR(status.st_mode):

@@ -1,0 +1,117 @@
+"""The command line: which commands there are, and what every one of them does with an error.
+
+Nothing heavy is imported before a command is chosen, so `migsim --help` answers at once. A command's module has
+`add_arguments(parser)` and `run_<command>(arguments) -> int`; a command exists when its module does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Final, NoReturn
+
+from migsim import __version__
+
+__all__ = ["main"]
+
+EXIT_BAD_INPUT: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+_PACKAGE: Final = Path(__file__).parent
+_COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "run": ("commands.run", "migrate the guest of a scenario; does it converge, and how long is the blackout?"),
+    "check": ("validate.command", "dirty logging, checked: ioctl suites against the emulator or the real /dev/kvm"),
+    "selftest": ("selftest.command", "KVM's own selftests (demand_paging_test, dirty_log_perf_test, ...) on the model"),
+    "shape": ("commands.shape", "a real VM's shape as a scenario, from libvirt or `virsh dumpxml`"),
+    "measure": ("commands.measure", "a running process's or domain's dirty rate as a workload"),
+    "sweep": ("commands.sweep", "a grid of scenarios"),
+    "plan": ("commands.plan", "what must change for a guest to converge"),
+    "compare": ("commands.compare", "two scenarios or results side by side"),
+    "evacuate": ("commands.evacuate", "a host full of guests"),
+    "explain": ("commands.explain", "why a run ended as it did"),
+    "qmp": ("commands.qmp", "a scenario behind a QMP socket"),
+    "report": ("commands.report", "a result as one HTML file"),
+    "bench": ("bench", "how fast the emulator is here"),
+}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a usage error is one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 yes, 1 no, 2 bad input, 3 a page was lost, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("migsim: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        silence_stdout()
+        return 0
+    finally:
+        _flush()
+
+
+def silence_stdout() -> None:
+    """After a reader hung up: nothing more goes to stdout, not even the interpreter's last flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence_stdout()
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands = {name: entry for name, entry in _COMMANDS.items() if _exists(entry[0])}
+    parser = _top_parser(commands)
+    if not arguments or arguments[0].startswith("-"):
+        parser.parse_args(arguments or ["--help"])
+        return 0
+    name = arguments[0]
+    if name not in commands:
+        close = difflib.get_close_matches(name[:64], commands, n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else f"; commands: {', '.join(commands)}"
+        parser.error(f"no command {ascii(name[:64])}{hint}")
+    module = import_module(f"migsim.{commands[name][0]}")
+    parser = _Parser(prog=f"migsim {name}", description=commands[name][1])
+    module.add_arguments(parser)
+    command: Callable[[argparse.Namespace], int] = getattr(module, f"run_{name}")
+    try:
+        return command(parser.parse_args(arguments[1:]))
+    except ValueError as error:
+        if type(error).__name__ != "ScenarioError":  # by name: importing its class here would cost every --help
+            raise
+        print(f"migsim: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _top_parser(commands: dict[str, tuple[str, str]]) -> _Parser:
+    listed = "\n".join(f"  {name:<10}{about}" for name, (_, about) in commands.items())
+    parser = _Parser(
+        prog="migsim",
+        usage="migsim COMMAND ...",
+        description="KVM's dirty logging and QEMU's live migration, emulated exact to the page.",
+        epilog=f"commands:\n{listed}\n\nmigsim COMMAND --help tells more of each.\n"
+        "Exit codes: 0 yes, 1 no, 2 bad input, 3 a page was lost, 130 interrupted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"migsim {__version__}")
+    return parser
+
+
+def _exists(module: str) -> bool:
+    path = _PACKAGE / module.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()

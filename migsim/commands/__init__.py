@@ -1,0 +1,1 @@
+"""The subcommands of `migsim`: each module has `add_arguments(parser)` and `run_<command>(arguments) -> exit code`."""

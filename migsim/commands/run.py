@@ -1,0 +1,126 @@
+"""`migsim run`: look first (scenario, output path, memory), then migrate, then tell.
+
+Order: everything that can be refused is refused before the run starts; --json is written before anything is printed, so
+a closed pipe cannot cost the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from migsim.commands.look import refuse_unwritable, require_memory
+from migsim.scenario import Scenario, ScenarioError, json_schema, load
+
+if TYPE_CHECKING:
+    from migsim.result import Progress, Result
+
+__all__ = ["add_arguments", "run_run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `migsim run`."""
+    parser.add_argument("scenario", nargs="?", metavar="SCENARIO.toml", help="what to migrate; - is standard input")
+    settings = "replace one value, e.g. guest.memory=2TiB or guest.workload.0.rate='40 GB/s'"
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="settings", help=settings)
+    parser.add_argument("--seed", type=_bounded(0, (1 << 64) - 1), default=0, metavar="N", help="of all randomness [0]")
+    parser.add_argument("--threads", type=_bounded(1, 1024), metavar="N", help="of the emulator; changes no result")
+    parser.add_argument("--json", metavar="FILE", help="write the result there; - is standard output")
+    parser.add_argument("--no-verify", action="store_true", help="without the ground truth of every page")
+    parser.add_argument("--quiet", action="store_true", help="print nothing; the exit code tells")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a scenario and stop")
+
+
+def run_run(arguments: argparse.Namespace) -> int:
+    """Runs the scenario. Exit code as in migsim.cli."""
+    if arguments.schema:
+        print(json.dumps(json_schema(), indent=1))
+        return 0
+    if arguments.scenario is None:
+        raise ScenarioError("", "a scenario is needed: migsim run SCENARIO.toml")
+    scenario = load(arguments.scenario, arguments.settings)
+    if arguments.json not in (None, "-"):
+        refuse_unwritable(arguments.json)
+    require_memory(scenario, verify=not arguments.no_verify)
+    result = _migrate(scenario, arguments)
+    _deliver(result, arguments)
+    return result.exit_code
+
+
+def _migrate(scenario: Scenario, arguments: argparse.Namespace) -> Result:
+    from migsim import simulation
+    from migsim.result import Result
+    from migsim.terminal import ProgressBar
+
+    last: list[Progress] = []
+    with ProgressBar(enabled=not arguments.quiet and sys.stderr.isatty()) as bar:
+
+        def progress(now: Progress) -> None:
+            last[:] = [now]
+            bar.update(now)
+
+        try:
+            return simulation.run(
+                scenario,
+                seed=arguments.seed,
+                threads=arguments.threads,
+                verify=not arguments.no_verify,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            rounds = last[0].rounds if last else ()
+            return Result(
+                verdict=f"Interrupted after {len(rounds)} rounds; nothing is known about the rest.",
+                converged=False,
+                interrupted=True,
+                scenario=scenario,
+                seed=arguments.seed,
+                rounds=rounds,
+            )
+
+
+def _deliver(result: Result, arguments: argparse.Namespace) -> None:
+    from migsim.result import to_json, write_json
+    from migsim.terminal import summary
+
+    if arguments.json not in (None, "-"):
+        try:
+            write_json(result, arguments.json)
+        except OSError as error:
+            raise ScenarioError("", f"cannot write the result: {error.strerror}", file=arguments.json) from None
+    # With the JSON on stdout the table for people moves to stderr.
+    table_to = sys.stderr if arguments.json == "-" else sys.stdout
+    with _reader_may_leave():
+        if arguments.json == "-":
+            sys.stdout.buffer.write(to_json(result))
+            sys.stdout.buffer.flush()
+        if not arguments.quiet:
+            print(summary(result), file=table_to, flush=True)
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """`migsim run ... | head -1` ends with the run's own exit code."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _bounded:
+    """An int of argparse with limits, said in the error."""
+
+    def __init__(self, least: int, most: int) -> None:
+        self.least, self.most = least, most
+
+    def __call__(self, text: str) -> int:
+        value = int(text) if text.isascii() and text.isdecimal() and len(text) < 24 else -1
+        if not self.least <= value <= self.most:
+            limits = f"must be a whole number from {self.least} to {self.most}"
+            raise argparse.ArgumentTypeError(f"{ascii(text[:40])} {limits}")
+        return value

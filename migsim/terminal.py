@@ -1,0 +1,183 @@
+"""A result as a person reads it at a glance, and the progress bar.
+
+Verdict first; then a line a round; then what the blackout consists of; then counters. Fits the terminal's width.
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final
+
+from migsim.expectation import surprises
+from migsim.quantities import in_words
+from migsim.result import Progress, Result, Round
+from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
+
+__all__ = ["ProgressBar", "summary"]
+
+_ROUNDS_SHOWN: Final = 24
+_BAR: Final = 24
+
+
+def summary(result: Result, width: int | None = None) -> str:
+    """The text of `migsim run`. `width`: columns; default the terminal's."""
+    columns = width or shutil.get_terminal_size((100, 24)).columns
+    parts = [
+        textwrap.fill(result.verdict, columns),
+        *(textwrap.fill(line, columns) for line in _expectation(result)),
+        _rounds(result.rounds, columns),
+        _downtime(result),
+        _counters("Memory and costs", result.host, columns),
+        _counters("KVM", result.kvm, columns),
+        _counters("Verified", result.verify, columns),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _expectation(result: Result) -> Iterator[str]:
+    if result.scenario.expect is None or result.interrupted:
+        return
+    wrong = surprises(result)
+    yield f"Not as the scenario expected: {'; '.join(wrong)}." if wrong else "As the scenario expected."
+
+
+# --- rounds
+
+_Cell = Callable[[Round], str]
+# Heading, what stands below it, and how dearly it is kept: the lowest goes first on a narrow terminal.
+_COLUMNS: Final[tuple[tuple[str, _Cell, int], ...]] = (
+    ("sync", lambda r: f"{r.sync}", 9),
+    ("start", lambda r: _time(r.start_ns), 8),
+    ("dirty", lambda r: _pages(r.dirty_pages), 9),
+    ("sent", lambda r: _pages(r.sent_pages), 7),
+    ("zero", lambda r: _pages(r.zero_pages), 3),
+    ("rate", lambda r: f"{r.bandwidth * 8 / 1e9:.2f} Gbit/s" if r.bandwidth else "-", 6),
+    ("threshold", lambda r: in_words(r.threshold_bytes, "size"), 4),
+    ("expected downtime", lambda r: _time(r.expected_downtime_ms * NS_PER_MS), 5),
+    ("throttle", lambda r: f"{r.cpu_throttle_percentage} %", 2),
+)
+
+
+def _rounds(rounds: Sequence[Round], columns: int) -> str:
+    if not rounds:
+        return ""
+    throttled = any(r.cpu_throttle_percentage for r in rounds)
+    shown = [c for c in _COLUMNS if c[0] != "throttle" or throttled]
+    head, tail = _elided(rounds)
+    lines = _table(shown, head + tail)
+    while len(lines[0]) > columns and len(shown) > 3:
+        shown.remove(min(shown, key=lambda c: c[2]))
+        lines = _table(shown, head + tail)
+    left_out = len(rounds) - len(head) - len(tail)
+    if left_out:
+        lines.insert(1 + len(head), f"... {left_out} more rounds (all of them with --json) ...")
+    return "\n".join(lines)
+
+
+def _elided(rounds: Sequence[Round]) -> tuple[list[Round], list[Round]]:
+    if len(rounds) <= _ROUNDS_SHOWN:
+        return list(rounds), []
+    return list(rounds[: _ROUNDS_SHOWN // 2]), list(rounds[-_ROUNDS_SHOWN // 2 :])
+
+
+def _table(columns: Sequence[tuple[str, _Cell, int]], rounds: Sequence[Round]) -> list[str]:
+    rows = [[name for name, _, _ in columns], *([cell(r) for _, cell, _ in columns] for r in rounds)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = ["  ".join(text.rjust(w) for text, w in zip(row, widths, strict=True)) for row in rows]
+    return [line + ("  stopped" if i and rounds[i - 1].stopped else "") for i, line in enumerate(lines)]
+
+
+# --- downtime, counters
+
+
+def _downtime(result: Result) -> str:
+    total = sum(part.duration_ns for part in result.downtime)
+    if not result.downtime:
+        return ""
+    wide = max(len(part.name) for part in result.downtime)
+    lines = [f"Downtime {_time(total)}"]
+    for part in result.downtime:
+        share = part.duration_ns / total if total else 0.0
+        bar = "#" * round(share * _BAR)
+        lines.append(f"  {part.name:<{wide}}  {_time(part.duration_ns):>9}  {share:6.1%}  {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def _counters(title: str, values: Mapping[str, Any], columns: int) -> str:
+    """`name value` pairs in as many columns as fit; zeros and texts are left to the JSON."""
+    pairs = [(name, _count(value)) for name, value in _flat(values) if isinstance(value, int | float) and value]
+    if not pairs:
+        return ""
+    names, numbers = max(len(n) for n, _ in pairs), max(len(v) for _, v in pairs)
+    cells = [f"  {name:<{names}} {number:>{numbers}}" for name, number in pairs]
+    across = max(1, min(3, columns // len(cells[0])))
+    down = -(-len(cells) // across)
+    lines = ["".join(cells[row::down]) for row in range(down)]
+    return "\n".join([title, *lines])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _count(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _pages(pages: int) -> str:
+    return in_words(pages * PAGE_SIZE, "size")
+
+
+def _time(ns: int) -> str:
+    if ns < 60 * NS_PER_S:
+        return in_words(ns, "duration")
+    minutes, seconds = divmod(ns // NS_PER_S, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02} h" if hours else f"{minutes}:{seconds:02} min"
+
+
+class ProgressBar:
+    """tqdm on stderr over simulated time; its end is estimated anew at every update. Nothing where not `enabled`."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar: Any = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, now: Progress) -> None:
+        """Shows where the run stands."""
+        if not self._enabled:
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            form = "{desc} {percentage:3.0f}%|{bar}| {n:.0f} s simulated, {rate_fmt}, ETA {remaining}"
+            self._bar = tqdm(total=1.0, unit="s", bar_format=form, leave=False, dynamic_ncols=True)
+        self._bar.total = _end_estimate_s(now)
+        self._bar.n = now.now_ns / NS_PER_S
+        self._bar.set_description_str(f"{now.phase}, sync {now.sync}", refresh=False)
+        self._bar.update(0)
+
+
+def _end_estimate_s(now: Progress) -> float:
+    """Simulated second at which the pages still dirty would all be sent, at the last round's (else the mean) rate."""
+    seconds = now.now_ns / NS_PER_S
+    rate = now.rounds[-1].bandwidth if now.rounds else 0.0
+    if not rate and seconds:
+        rate = (now.total_bytes - now.remaining_bytes) / seconds
+    return seconds + (now.remaining_bytes / rate if rate > 0 else seconds + 1.0)
