@@ -1,0 +1,160 @@
+"""`mmu_lock` as a closed queueing network: vCPUs are the customers, locks and contended cache lines the stations.
+
+A vCPU's cycle is think time (guest work, the exit, everything nobody else has to wait for) and one visit to each
+station. One customer class is solved by exact mean-value analysis (Reiser and Lavenberg, J. ACM 27, 1980): single
+servers, first come first served, exponential times. The migration thread is a second class with one customer, whose
+hold is thousands of times a fault's; `with_writer` solves that by time-scale decomposition instead: free, drain, hold.
+
+Times are floats in nanoseconds, throughput is cycles a nanosecond.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+__all__ = ["Solution", "Writer", "WriterSolution", "machine_repairman", "solve", "with_writer"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The steady state of a closed network: per-station tuples are in the order the stations were given in."""
+
+    customers: int
+    throughput: float
+    think_ns: float
+    service_ns: tuple[float, ...]
+    residence_ns: tuple[float, ...]
+
+    @property
+    def cycle_ns(self) -> float:
+        """Think time and all residences: one customer's mean time round the network."""
+        return self.think_ns + sum(self.residence_ns)
+
+    def waiting_ns(self, station: int) -> float:
+        """Mean time a visit queues at `station` before it is served."""
+        return max(self.residence_ns[station] - self.service_ns[station], 0.0)
+
+    def waiting_share(self, station: int) -> float:
+        """Share of the customers' time spent queueing at `station`, 0..1."""
+        return self.waiting_ns(station) / self.cycle_ns if self.cycle_ns else 0.0
+
+    def queue(self, station: int) -> float:
+        """Mean number of customers at `station`, the one in service included (Little's law)."""
+        return self.throughput * self.residence_ns[station]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The migration thread: holds the first station for `hold_ns`, then stays away for `away_ns`."""
+
+    hold_ns: float
+    away_ns: float
+
+
+@dataclass(frozen=True)
+class WriterSolution:
+    """`free` is the network without the writer; the other fields are with it. wait_ns: the writer's, for one hold."""
+
+    free: Solution
+    throughput: float
+    wait_ns: float
+    held_share: float
+
+    @property
+    def cycle_ns(self) -> float:
+        """Mean time of one customer round the network, the holds it was caught in included."""
+        return self.free.customers / self.throughput if self.throughput > 0 else math.inf
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the customers' time that goes into queueing at the first station."""
+        work = self.free.cycle_ns - self.free.waiting_ns(0)
+        return max(1.0 - work / self.cycle_ns, 0.0)
+
+
+@njit(cache=True, nogil=True)
+def _mva(services: np.ndarray, think: float, customers: int, residence: np.ndarray) -> float:
+    """Exact recursion over 1..customers; fills `residence`, returns the throughput."""
+    stations = services.shape[0]
+    queue = np.zeros(stations)
+    throughput = 0.0
+    for n in range(1, customers + 1):
+        cycle = think
+        for k in range(stations):
+            residence[k] = services[k] * (1.0 + queue[k])
+            cycle += residence[k]
+        throughput = n / cycle
+        for k in range(stations):
+            queue[k] = throughput * residence[k]
+    return throughput
+
+
+def solve(services: Sequence[float], think_ns: float, customers: int) -> Solution:
+    """Exact MVA of `customers` in a network of queueing stations and one delay.
+
+    Raises ValueError for a negative time, no customer, or a cycle that takes no time at all.
+    """
+    if customers < 1 or think_ns < 0 or any(s < 0 for s in services):
+        raise ValueError(f"need customers >= 1 and times >= 0, got {customers}, {think_ns}, {list(services)}")
+    if think_ns + sum(services) <= 0:
+        raise ValueError("a cycle of zero length has no throughput")
+    residence = np.zeros(len(services))
+    throughput = _mva(np.asarray(services, dtype=np.float64), float(think_ns), customers, residence)
+    times = tuple(float(r) for r in residence)
+    return Solution(customers, float(throughput), float(think_ns), tuple(float(s) for s in services), times)
+
+
+def machine_repairman(service_ns: float, think_ns: float, customers: int) -> float:
+    """Throughput with one station, in closed form: (1 - B(N, Z/s)) / s with Erlang's loss formula B.
+
+    The server idles exactly when all N customers think, and that probability is Erlang B.
+    """
+    offered = think_ns / service_ns
+    log_terms = [k * math.log(offered) - math.lgamma(k + 1) for k in range(customers + 1)] if offered else [0.0]
+    peak = max(log_terms)
+    idle = math.exp(log_terms[-1] - peak) / math.fsum(math.exp(t - peak) for t in log_terms) if offered else 0.0
+    return (1.0 - idle) / service_ns
+
+
+def with_writer(services: Sequence[float], think_ns: float, customers: int, writer: Writer) -> WriterSolution:
+    """The network when one writer keeps taking the first station, first come first served.
+
+    A period of the writer has three parts, in this order:
+    1. away: the queue left by the last hold drains, then the free steady state runs;
+    2. wait: the customers queued ahead of the writer are served, later ones queue behind it;
+    3. hold: nobody is served; those still thinking finish and queue.
+    Within a part the number queued follows its fluid limit, dn/dt = (N - n)/Z - 1/s.
+    """
+    free = solve(services, think_ns, customers)
+    service = services[0]
+    if writer.hold_ns <= 0 or service <= 0:
+        return WriterSolution(free, free.throughput, 0.0, 0.0)
+    steady = free.queue(0)
+    outside = free.cycle_ns - free.residence_ns[0]
+    queued_ahead = steady
+    wait = queued_ahead * service
+    blocked = (
+        customers - (customers - queued_ahead) * math.exp(-(wait + writer.hold_ns) / outside) if outside else customers
+    )
+    backlog = max(blocked - queued_ahead, 0.0)
+    served = queued_ahead + _served_while_away(free, outside, backlog, steady, writer.away_ns)
+    period = writer.away_ns + wait + writer.hold_ns
+    return WriterSolution(free, served / period, wait, writer.hold_ns / period)
+
+
+def _served_while_away(free: Solution, outside: float, backlog: float, steady: float, away: float) -> float:
+    """Customers served in `away` ns that start with `backlog` queued and tend to `steady`."""
+    capacity = 1.0 / free.service_ns[0]
+    target = free.customers - outside * capacity  # where the queue would settle with the server always busy
+    if backlog <= steady or target >= steady or outside <= 0:
+        return min(free.throughput * away + max(backlog - steady, 0.0), capacity * away)
+    drain = outside * math.log((backlog - target) / (steady - target))
+    if drain >= away:
+        return capacity * away
+    # While draining the server is never idle: full capacity, then the free rate.
+    return capacity * drain + free.throughput * (away - drain)

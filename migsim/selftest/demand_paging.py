@@ -1,0 +1,38 @@
+"""demand_paging_test: every vCPU touches its memory once, with or without userfaultfd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from migsim.perf.phases import parallel_phase
+from migsim.perf.profile import HostProfile
+from migsim.selftest.memstress import Memstress
+from migsim.selftest.outcome import Outcome, Phase, seconds
+from migsim.selftest.vm import guest_mode_lines, lock_mode, options_of
+
+__all__ = ["demand_paging_test"]
+
+
+def demand_paging_test(vm: Memstress, host: HostProfile, *, uffd: str = "none", uffd_delay_us: int = 0) -> Outcome:
+    """Time to populate the guest. uffd: none, MISSING or MINOR; uffd_delay_us: the handler's own delay a fault.
+
+    ValueError for another uffd mode, or MINOR on memory that is not shared.
+    """
+    if uffd not in ("none", "MISSING", "MINOR") or uffd_delay_us < 0:
+        raise ValueError(f"userfaultfd mode {uffd!r}: allowed are MISSING and MINOR, with a delay >= 0")
+    if uffd == "MINOR" and not vm.backing.startswith("sh"):
+        raise ValueError(f"userfaultfd mode MINOR needs shared memory, not {vm.backing}")
+    counts = vm.populate()
+    if uffd != "none":
+        counts["uffd-fault"] = counts["host-fault"]
+        counts["sleep-ns"] = counts["host-fault"] * uffd_delay_us * 1000
+    phase = Phase.of("demand paging", counts, parallel_phase(counts, vm.vcpus, lock_mode(vm.rules), host))
+    rate = vm.accesses / vm.vcpus / (phase.time_ns / 1e9)
+    lines = (
+        *guest_mode_lines(vm),
+        f"Total guest execution time: {seconds(phase.time_ns)}",
+        f"Per-vcpu demand paging rate: {rate:f} pgs/sec/vcpu",
+        f"Overall demand paging rate: {rate * vm.vcpus:f} pgs/sec",
+    )
+    options: dict[str, Any] = {**options_of(vm, host), "uffd": uffd, "uffd-delay-us": uffd_delay_us}
+    return Outcome("demand_paging_test", options, (phase,), lines)

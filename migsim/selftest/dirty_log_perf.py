@@ -1,0 +1,65 @@
+"""dirty_log_perf_test: populate, enable logging, rounds of {dirty, get, clear}, disable; each phase timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from migsim.perf.phases import parallel_phase, thread_phase
+from migsim.perf.profile import HostProfile
+from migsim.selftest.memstress import Counts, Leaves, Memstress
+from migsim.selftest.outcome import Outcome, Phase, seconds
+from migsim.selftest.vm import guest_mode_lines, lock_mode, options_of
+
+__all__ = ["dirty_log_perf_test"]
+
+
+def dirty_log_perf_test(vm: Memstress, host: HostProfile, *, iterations: int = 2) -> Outcome:
+    """The test's phases in its own order. ValueError for fewer than two iterations, as the test asserts."""
+    if iterations < 2:
+        raise ValueError(f"the test should have at least two iterations, not {iterations}")
+    run = _Run(vm, host)
+    run.vcpus("populate memory", vm.populate())
+    counts, leaves = vm.enable()
+    run.thread("enabling dirty logging", counts)
+    for iteration in range(1, iterations + 1):
+        leaves = _round(run, leaves, iteration)
+    run.thread("disabling dirty logging", vm.disable(leaves))
+    options: dict[str, Any] = {**options_of(vm, host), "iterations": iterations}
+    return Outcome("dirty_log_perf_test", options, tuple(run.phases), run.lines(iterations))
+
+
+def _round(run: _Run, leaves: Leaves, iteration: int) -> Leaves:
+    counts, leaves = run.vm.dirty(leaves)
+    run.vcpus(f"iteration {iteration} dirty memory", counts)
+    counts, leaves = run.vm.get(leaves)
+    run.thread(f"iteration {iteration} get dirty log", counts)
+    if run.vm.manual:
+        counts, leaves = run.vm.clear(leaves, first=iteration == 1)
+        run.thread(f"iteration {iteration} clear dirty log", counts)
+    return leaves
+
+
+class _Run:
+    """Collects the phases of one run."""
+
+    def __init__(self, vm: Memstress, host: HostProfile) -> None:
+        self.vm, self.host = vm, host
+        self.phases: list[Phase] = []
+
+    def vcpus(self, name: str, counts: Counts) -> None:
+        time = parallel_phase(counts, self.vm.vcpus, lock_mode(self.vm.rules), self.host)
+        self.phases.append(Phase.of(name, counts, time))
+
+    def thread(self, name: str, counts: Counts) -> None:
+        self.phases.append(Phase.of(name, counts, thread_phase(counts, self.host)))
+
+    def lines(self, iterations: int) -> tuple[str, ...]:
+        lines = [f"Test iterations: {iterations}", *guest_mode_lines(self.vm)]
+        lines += [f"{p.name[0].upper()}{p.name[1:]} time: {seconds(p.time_ns)}" for p in self.phases]
+        for verb in ("get", "clear") if self.vm.manual else ("get",):
+            total = sum(p.time_ns for p in self.phases if p.name.endswith(f"{verb} dirty log"))
+            lines.append(
+                f"{verb.capitalize()} dirty log over {iterations} iterations took {seconds(total)}. "
+                f"(Avg {seconds(total // iterations)}/iteration)"
+            )
+        return tuple(lines)
