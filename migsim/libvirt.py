@@ -8,6 +8,7 @@ any, and expanding them is how XML bombs work.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -61,6 +62,9 @@ def read_domain(uri: str, name: str) -> str:
         enable = "pip install 'migsim[libvirt]' (it needs libvirt-dev, pkg-config and gcc)"
         problem = f"libvirt-python is missing: {enable}, or pipe `virsh dumpxml DOMAIN` into migsim shape --xml -"
         raise ScenarioError("", problem, file=uri) from None
+    file = Path(uri.removeprefix("test://"))
+    if uri.startswith("test:///") and uri != "test:///default" and not file.is_file():
+        raise ScenarioError("", "cannot be opened: no such file", file=uri)  # libxml2 would print to stderr by itself
     libvirt.registerErrorHandler(lambda context, error: None, None)  # else every failure also prints to stderr
     try:
         connection = libvirt.openReadOnly(uri)

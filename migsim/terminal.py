@@ -68,7 +68,7 @@ def _rounds(rounds: Sequence[Round], columns: int) -> str:
     shown = [c for c in _COLUMNS if c[0] != "throttle" or throttled]
     head, tail = _elided(rounds)
     lines = _table(shown, head + tail)
-    while len(lines[0]) > columns and len(shown) > 3:
+    while max(map(len, lines)) > columns and len(shown) > 3:
         shown.remove(min(shown, key=lambda c: c[2]))
         lines = _table(shown, head + tail)
     left_out = len(rounds) - len(head) - len(tail)
@@ -163,15 +163,17 @@ class ProgressBar:
         """Shows where the run stands."""
         if not self._enabled:
             return
-        if self._bar is None:
+        first = self._bar is None
+        if first:
             from tqdm import tqdm
 
             form = "{desc} {percentage:3.0f}%|{bar}| {n:.0f} s simulated, {rate_fmt}, ETA {remaining}"
             self._bar = tqdm(total=1.0, unit="s", bar_format=form, leave=False, dynamic_ncols=True)
         self._bar.total = _end_estimate_s(now)
-        self._bar.n = now.now_ns / NS_PER_S
         self._bar.set_description_str(f"{now.phase}, sync {now.sync}", refresh=False)
-        self._bar.update(0)
+        self._bar.update(now.now_ns / NS_PER_S - self._bar.n)  # draws ten times a second at most
+        if first:
+            self._bar.refresh()
 
 
 def _end_estimate_s(now: Progress) -> float:

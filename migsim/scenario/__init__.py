@@ -10,12 +10,12 @@ from migsim.scenario.errors import ScenarioError
 from migsim.scenario.guest import BACKING_BYTES, Backing, Guest, Pattern, Workload, WorkloadPhase
 from migsim.scenario.host import Expect, Host, Kvm, Link, LinkPhase
 from migsim.scenario.load import build, load, parse
-from migsim.scenario.migration import CAPABILITIES, PARAMETER_VERSIONS, Compat, Migration
+from migsim.scenario.migration import Compat, Migration
 from migsim.scenario.root import Scenario
 from migsim.scenario.schema import json_schema
 
 __all__ = [
-    "BACKING_BYTES", "CAPABILITIES", "PARAMETER_VERSIONS", "Backing", "Compat", "Expect", "Guest", "Host", "Kvm",
+    "BACKING_BYTES", "Backing", "Compat", "Expect", "Guest", "Host", "Kvm",
     "Link", "LinkPhase", "Migration", "Pattern", "Scenario", "ScenarioError", "Workload", "WorkloadPhase", "build",
     "json_schema", "load", "parse",
 ]  # fmt: skip

@@ -49,8 +49,16 @@ def build(data: Mapping[str, Any], overrides: Iterable[str] = (), *, file: str =
             touched.append(apply(merged, setting))
         return convert(merged, Scenario)
     except ScenarioError as error:
-        by_set = any(error.field == field or error.field.startswith(f"{field}.") for field in touched)
-        raise error.within("", error.file or ("--set" if by_set else file)) from None
+        raise error.within("", error.file or _blamed(error.field, touched, file)) from None
+
+
+def _blamed(field: str, touched: list[str], file: str) -> str:
+    """Where a value came from: --set if it lies below a path that was set, both if a path set lies below it."""
+    if any(f"{field}.".startswith(f"{path}.") for path in touched):
+        return "--set"
+    if field and any(path.startswith(f"{field}.") for path in touched):
+        return f"{file} with --set" if file else "--set"
+    return file
 
 
 def read_text(file: str, limit_bytes: int, what: str) -> str:

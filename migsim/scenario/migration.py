@@ -7,64 +7,18 @@ group is migsim's own and in ns.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import fields
 
+from migsim.migration.capabilities import CAPABILITIES, capabilities_of
+from migsim.migration.parameters import PARAMETERS, Compat, parameters_of
 from migsim.scenario.errors import ScenarioError, nearest
 from migsim.scenario.fields import bandwidth, duration, milliseconds, percent, size
 from migsim.units import MIB, PAGE_SIZE
 
-__all__ = ["CAPABILITIES", "PARAMETER_VERSIONS", "BitmapAlias", "BlockBitmapMapping", "Compat", "Migration"]
-
-Compat = Literal["7.2", "10.0"]
-
-# First and last release with it; None: before 7.2, or still there in 10.0.
-_Versions = tuple[str | None, str | None]
-PARAMETER_VERSIONS: Final[dict[str, _Versions]] = {
-    "avail-switchover-bandwidth": ("8.2", None),
-    "vcpu-dirty-limit": ("8.1", None),
-    "x-vcpu-dirty-limit-period": ("8.1", None),
-    "mode": ("8.2", None),
-    "zero-page-detection": ("9.0", None),
-    "direct-io": ("9.1", None),
-    "multifd-qatzip-level": ("9.2", None),
-    "compress-level": (None, "9.0"),
-    "compress-threads": (None, "9.0"),
-    "compress-wait-thread": (None, "9.0"),
-    "decompress-threads": (None, "9.0"),
-    "block-incremental": (None, "9.0"),
-}
-
-#: In the order of query-migrate-capabilities.
-CAPABILITIES: Final[dict[str, _Versions]] = {
-    "xbzrle": (None, None),
-    "rdma-pin-all": (None, None),
-    "auto-converge": (None, None),
-    "zero-blocks": (None, None),
-    "compress": (None, "9.0"),
-    "events": (None, None),
-    "postcopy-ram": (None, None),
-    "x-colo": (None, None),
-    "release-ram": (None, None),
-    "block": (None, "9.0"),
-    "return-path": (None, None),
-    "pause-before-switchover": (None, None),
-    "multifd": (None, None),
-    "dirty-bitmaps": (None, None),
-    "postcopy-blocktime": (None, None),
-    "late-block-activate": (None, None),
-    "x-ignore-shared": (None, None),
-    "validate-uuid": (None, None),
-    "background-snapshot": (None, None),
-    "zero-copy-send": (None, None),
-    "postcopy-preempt": (None, None),
-    "switchover-ack": ("8.1", None),
-    "dirty-limit": ("8.1", None),
-    "mapped-ram": ("9.0", None),
-}
-
+__all__ = ["BitmapAlias", "BlockBitmapMapping", "Compat", "Migration"]
 
 class BitmapAlias(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     """BitmapMigrationBitmapAlias."""
@@ -143,34 +97,34 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
             raise ScenarioError("switchover-pause", problem, value=self.switchover_pause)
 
     def _check_versions(self) -> None:
-        seen: set[str] = set()
+        known = capabilities_of(self.compat)
         for index, name in enumerate(self.capabilities):
-            if name not in CAPABILITIES:
-                known = (n for n, versions in CAPABILITIES.items() if _in(versions, self.compat))
-                problem = f"not a capability of QEMU {self.compat}{nearest(name, known)}"
+            if name not in known:
+                problem = _version_problem(CAPABILITY_VERSIONS.get(name), self.compat)
+                problem = problem or f"not a capability of QEMU {self.compat}{nearest(name, known)}"
                 raise ScenarioError(f"capabilities.{index}", problem, value=name)
-            if name in seen:
+            if name in self.capabilities[:index]:
                 raise ScenarioError(f"capabilities.{index}", "is there twice", value=name)
-            seen.add(name)
-            _require_version(f"capabilities.{index}", name, CAPABILITIES[name], self.compat)
         for field in fields(Migration):
-            versions = PARAMETER_VERSIONS.get(field.encode_name)
+            spec = PARAMETERS.get(field.encode_name)
             value = getattr(self, field.name)
-            if versions is not None and value != field.default:
-                _require_version(field.encode_name, value, versions, self.compat)
+            if spec is not None and not spec.exists(self.compat) and value != field.default:
+                problem = _version_problem((spec.since, spec.last), self.compat)
+                raise ScenarioError(field.encode_name, problem, value=value)
+
+    def parameters(self) -> dict[str, Any]:
+        """The MigrationParameters of this release under their QMP names, in QMP's units."""
+        known = parameters_of(self.compat)
+        return {f.encode_name: getattr(self, f.name) for f in fields(Migration) if f.encode_name in known}
 
 
-def _in(versions: _Versions, compat: str) -> bool:
-    since, last = versions
-    return (since is None or compat == "10.0") and (last is None or compat == "7.2")
-
-
-def _require_version(field: str, value: object, versions: _Versions, compat: str) -> None:
-    if _in(versions, compat):
-        return
-    since, last = versions
+def _version_problem(versions: tuple[str | None, str | None] | None, compat: Compat) -> str:
+    since, last = versions or (None, None)
+    if since is None and last is None:
+        return ""
     when = f"exists since QEMU {since}" if since is not None else f"was last in QEMU {last}"
-    raise ScenarioError(field, f'{when}; this scenario has compat = "{compat}"', value=value)
+    return f'{when}; this scenario has compat = "{compat}"'
 
 
-assert {f.encode_name for f in fields(Migration)} >= PARAMETER_VERSIONS.keys()
+CAPABILITY_VERSIONS: Final = {name: (since, last) for name, since, last in CAPABILITIES}
+assert {f.encode_name for f in fields(Migration)} >= PARAMETERS.keys()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from msgspec import Struct, field
 
+from migsim.migration.capabilities import HostFeatures, check
+from migsim.migration.parameters import QmpError
+from migsim.scenario.errors import ScenarioError
 from migsim.scenario.guest import Guest
 from migsim.scenario.host import Expect, Host, Kvm, Link
 from migsim.scenario.migration import Migration
@@ -20,3 +23,12 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
     link: Link = field(default_factory=Link)
     host: Host = field(default_factory=Host)
     expect: Expect | None = None
+
+    def __post_init__(self) -> None:
+        """Capabilities that exclude each other are refused as QEMU refuses them, in its words."""
+        host = HostFeatures(dirty_ring=self.kvm.dirty_ring_size > 0)
+        migration = self.migration
+        try:
+            check(migration.capabilities, migration.compat, host=host, parameters=migration.parameters())
+        except QmpError as error:
+            raise ScenarioError("migration.capabilities", error.desc, value=list(migration.capabilities)) from None

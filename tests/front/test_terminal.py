@@ -1,0 +1,94 @@
+"""What a person reads: the verdict first, a line a round, the blackout's parts, within the width there is."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migsim.expectation import surprises
+from migsim.result import DowntimePart, Progress, Result, Round
+from migsim.scenario import Expect, load
+from migsim.terminal import ProgressBar, summary
+
+TINY = load("configs/tiny.toml")
+
+
+def rounds(n: int) -> tuple[Round, ...]:
+    return tuple(
+        Round(
+            sync=i + 1,
+            start_ns=i * 77 * 10**9,
+            dirty_pages=3_221_225_472 >> i,
+            sent_pages=1 << 20,
+            zero_pages=5,
+            bandwidth=12.5e9,
+            threshold_bytes=3_750_000_000,
+            expected_downtime_ms=1234,
+            stopped=i == n - 1,
+        )
+        for i in range(n)
+    )
+
+
+def result(**values) -> Result:
+    spent = {"vm-stop": 2_000_000, "last-pass": 98_000_000}
+    parts = tuple(DowntimePart(name=name, duration_ns=ns) for name, ns in spent.items())
+    base = {"verdict": "Limited by the link: converged.", "converged": True, "scenario": TINY, "seed": 0}
+    return Result(**{**base, "rounds": rounds(4), "downtime": parts, "kvm": {"pf_fast": 12_345}, **values})
+
+
+def test_the_verdict_comes_first_then_rounds_then_the_parts_of_the_blackout():
+    text = summary(result(), 120)
+    assert text.startswith("Limited by the link: converged.\n")
+    assert text.index("threshold") < text.index("Downtime 100 ms") < text.index("pf_fast")
+    assert "12 TiB" in text and "100.00 Gbit/s" in text and "3:51 min" in text
+    assert "last-pass      98 ms   98.0%" in text
+
+
+@given(st.integers(0, 200), st.integers(60, 200))
+def test_it_fits_the_terminal_and_stays_short(n, width):
+    lines = summary(result(rounds=rounds(n)), width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) < 60
+    if n > 24:
+        assert any(f"{n - 24} more rounds" in line for line in lines)
+
+
+def test_a_throttle_gets_its_column_only_when_there_was_one():
+    assert "throttle" not in summary(result(), 160)
+    throttled = msgspec.structs.replace(rounds(1)[0], cpu_throttle_percentage=30)
+    assert "30 %" in summary(result(rounds=(throttled,)), 160)
+
+
+@pytest.mark.parametrize(
+    ("expect", "phrase"),
+    [
+        (Expect(converged=True, downtime=(50, 150)), None),
+        (Expect(converged=False), "it converged"),
+        (Expect(converged=True, downtime=(150, 250)), "downtime 100 ms lies outside 150 to 250 ms"),
+        (Expect(converged=True, total_time=(1, 2)), "total time is not known"),
+        (Expect(converged=True, syncs=(1, 2)), "syncs 3 lies outside 1 to 2"),
+    ],
+)
+def test_an_expectation_is_compared_and_said(expect, phrase):
+    scenario = msgspec.structs.replace(TINY, expect=expect)
+    told = result(scenario=scenario, migration={"downtime": 100, "ram": {"dirty-sync-count": 3}})
+    assert surprises(told) == ([] if phrase is None else [phrase])
+    text = summary(told, 120)
+    assert ("As the scenario expected." in text) == (phrase is None)
+    assert phrase is None or phrase in text
+
+
+def test_the_bar_shows_simulated_time_and_is_silent_off_a_terminal(capsys):
+    half = {"remaining_bytes": 10**9, "total_bytes": 2 * 10**9}
+    now = Progress(now_ns=10**10, phase="active", sync=2, rounds=rounds(1), **half)
+    with ProgressBar(enabled=False) as bar:
+        bar.update(now)
+    assert capsys.readouterr() == ("", "")
+    with ProgressBar(enabled=True) as bar:
+        bar.update(now)
+        bar.update(now)
+    out, err = capsys.readouterr()
+    assert out == "" and "active, sync 2" in err and "10 s simulated" in err and "ETA" in err
