@@ -22,7 +22,6 @@ KVM_INTERNAL_MEM_SLOTS: Final = 3
 KVM_USER_MEM_SLOTS: Final = KVM_MEM_SLOTS_NUM - KVM_INTERNAL_MEM_SLOTS
 KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1  # 8 TiB - 4 KiB: bitmap offsets must fit a signed int
 KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS: Final = 1 << 63
-MMIO_SPTE_GEN_BITS: Final = 19  # of the generation that an MMIO SPTE can remember (18 before Linux 5.12)
 HUGE_LEVELS: Final = (2, 3)
 
 Counts = NDArray[np.int32]

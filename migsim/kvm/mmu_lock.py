@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from migsim.sim.meter import Meter
 
 
+class WouldBlock(AssertionError):
+    """A second actor, interleaved by a test, needs a lock whose holder waits for it: the kernel would simply wait."""
+
+
 class MmuLock:
     """`shared=False` turns every acquisition into an exclusive one (shadow MMU, TDP MMU of 5.10)."""
 
@@ -28,7 +32,8 @@ class MmuLock:
             with self.write():
                 yield False
             return
-        assert not self.writer, "mmu_lock read-locked while a writer holds it"
+        if self.writer:
+            raise WouldBlock("mmu_lock read-locked while a writer holds it")
         self._meter.count("mmu_lock_read")
         self.readers += 1
         try:
@@ -39,7 +44,8 @@ class MmuLock:
     @contextmanager
     def write(self) -> Iterator[bool]:
         """Hold exclusively."""
-        assert not self.writer and not self.readers, f"mmu_lock write-locked with {self.readers} readers inside"
+        if self.writer or self.readers:
+            raise WouldBlock(f"mmu_lock write-locked with {self.readers} readers inside")
         self._meter.count("mmu_lock_write")
         self.writer = True
         try:

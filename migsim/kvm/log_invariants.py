@@ -1,0 +1,109 @@
+"""What must hold between any two calls, seen from the log: no store may go through without leaving a trace.
+
+Each check yields sentences; none means that all is well. They look at every page of every slot, so they are for small
+guests and tests. Source: the rules above kvm_get_dirty_log_protect and in Linux Documentation/virt/kvm/locking.rst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from migsim.kvm.memslot import Memslot
+from migsim.kvm.uapi import KVM_DIRTY_GFN_F_DIRTY, KVM_DIRTY_GFN_F_RESET
+from migsim.planes import tail_mask
+
+if TYPE_CHECKING:
+    from migsim.kvm.roots import Root
+    from migsim.kvm.tlb import Translation
+    from migsim.kvm.vcpu import Vcpu
+    from migsim.kvm.vm import Vm
+
+
+def log_violations(vm: Vm) -> list[str]:
+    """All of the below."""
+    checks = (stale_translations, untraced_pages, stray_tail_bits, ring_indices)
+    return [sentence for check in checks for sentence in check(vm)]
+
+
+def stale_translations(vm: Vm) -> Iterator[str]:
+    """No TLB entry may allow more than the SPTE it came from, or name another frame, once no flush is due."""
+    for vcpu in vm.vcpus:
+        for tag, cached in vcpu.tlb:
+            if vcpu.root is None or tag is not vcpu.root or vcpu.root.invalid:
+                continue  # left behind with its root: never looked up again
+            why = _stronger(vm, vcpu.root, cached)
+            if why:
+                yield f"vCPU {vcpu.id}: stale translation of gfn {cached.gfn:#x} level {cached.level}: {why}"
+
+
+def _stronger(vm: Vm, root: Root, cached: Translation) -> str:
+    fmt = vm.mmu.fmt
+    spte, level = vm.mmu.walk(root, cached.gfn)
+    if not fmt.is_present(spte) or not fmt.is_leaf(spte, level):
+        return "the SPTE is gone"
+    if fmt.pfn(spte) + (cached.gfn & (1 << 9 * (level - 1)) - 1) != cached.pfn:
+        return "the SPTE names another frame"
+    if cached.writable and not fmt.is_writable(spte):
+        return "the SPTE is write-protected"
+    if cached.silent_store and fmt.ad_enabled(spte) and not spte & fmt.dirty:
+        return "the SPTE's D is clear"
+    return ""
+
+
+def untraced_pages(vm: Vm) -> Iterator[str]:
+    """A page of a logged slot that is not in the log (nor in a PML buffer) must be noticed when next written."""
+    logged = {gpa >> 12 for vcpu in vm.vcpus for gpa in vcpu.pml.pending()}
+    for as_id in range(vm.config.nr_as_ids):
+        for slot in vm.memslots(as_id):
+            if slot.dirty_bitmap is None or slot.readonly:
+                continue
+            for offset in range(slot.npages):
+                gfn = slot.base_gfn + offset
+                if not slot.dirty_bitmap.get(offset) and gfn not in logged:
+                    yield from _silent_ways(vm, slot, gfn)
+
+
+def _silent_ways(vm: Vm, slot: Memslot, gfn: int) -> Iterator[str]:
+    for root in vm.mmu.state.roots.valid(slot.as_id):
+        fmt = vm.mmu.fmt
+        spte, level = vm.mmu.walk(root, gfn)
+        if not fmt.is_present(spte) or not fmt.is_writable(spte):
+            continue
+        pml_sees = vm.pml_enabled and level == 1 and not fmt.ad_need_write_protect(spte) and not spte & fmt.dirty
+        if not pml_sees:
+            yield f"slot {slot.key:#x} page {gfn - slot.base_gfn}: clean, yet SPTE {spte:#x} lets stores pass"
+    for vcpu in vm.vcpus:
+        cached = vcpu.tlb.lookup(vcpu.root, gfn) if vcpu.as_id == slot.as_id else None
+        if cached is not None and cached.silent_store:
+            yield f"slot {slot.key:#x} page {gfn - slot.base_gfn}: clean, yet vCPU {vcpu.id} may store unseen"
+
+
+def stray_tail_bits(vm: Vm) -> Iterator[str]:
+    """No bit of a log lies beyond its slot."""
+    for as_id in range(vm.config.nr_as_ids):
+        for slot in vm.memslots(as_id):
+            log = slot.dirty_bitmap
+            if log is not None and not log.full[-1] and int(log.words[-1]) & ~tail_mask(log.n):
+                yield f"slot {slot.key:#x}: bits beyond page {slot.npages} in {int(log.words[-1]):#x}"
+
+
+def ring_indices(vm: Vm) -> Iterator[str]:
+    """Between reset_index and dirty_index every entry is DIRTY or RESET; a ring never holds more than its size."""
+    for vcpu in vm.vcpus:
+        ring = vcpu.dirty_ring
+        if ring is None:
+            continue
+        if ring.used > ring.size:
+            yield f"vCPU {vcpu.id}: ring of {ring.size} entries uses {ring.used} (user space reset what was not pushed)"
+            continue
+        yield from _empty_entries(vcpu)
+
+
+def _empty_entries(vcpu: Vcpu) -> Iterator[str]:
+    ring = vcpu.dirty_ring
+    assert ring is not None
+    for index in range(ring.reset_index, ring.reset_index + ring.used):
+        flags = int(ring.entries["flags"][index & (ring.size - 1)])
+        if not flags & (KVM_DIRTY_GFN_F_DIRTY | KVM_DIRTY_GFN_F_RESET):
+            yield f"vCPU {vcpu.id}: ring entry {index} is empty between reset_index and dirty_index"

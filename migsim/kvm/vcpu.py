@@ -1,0 +1,351 @@
+"""A vCPU: executes guest loads and stores the way a CPU under KVM does, and exits where it would.
+
+One access: 1 the TLB answers, or 2 the page tables are walked: A and D are set by the CPU, and a D that goes from 0 to
+1 is written into the PML buffer; 3 otherwise the CPU exits, KVM drains the buffer and handles the fault; 4 KVM looks at
+what was asked of this vCPU and enters the guest again. A hit in 1 is silent: this is what flushes are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from errno import EINVAL
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from migsim.kvm.dirty_ring import DirtyRing, RingView
+from migsim.kvm.mmu_lock import WouldBlock
+from migsim.kvm.pml import PmlBuffer
+from migsim.kvm.tdp_mmu import RetPf
+from migsim.kvm.tlb import Tlb, Translation
+from migsim.kvm.uapi import (
+    KVM_EXIT_DIRTY_RING_FULL,
+    KVM_EXIT_HLT,
+    KVM_EXIT_INTR,
+    KVM_EXIT_MMIO,
+    MSR_KVM_SYSTEM_TIME_NEW,
+    kvm_error,
+)
+from migsim.units import PAGE_SHIFT, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from migsim.kvm.roots import Root
+    from migsim.kvm.vm import Vm
+
+Op = tuple[str, int, int]
+"""(kind, gpa, value): 'w' stores the u32 value, 'r' loads a u32, 'a' adds the u32 value under LOCK."""
+
+FAULTS_MAX: Final = 100  # of one access, one after the other: what is more is a livelock (KVM itself would never end)
+PVCLOCK_BYTES: Final = 32  # struct pvclock_vcpu_time_info
+_U32: Final = (1 << 32) - 1
+
+
+class Mmio(NamedTuple):
+    """What user space must do: `data` are the bytes stored, or zeros to be filled in for a load."""
+
+    phys_addr: int
+    is_write: bool
+    data: bytes
+
+
+class Exit(NamedTuple):
+    """Why KVM_RUN came back: KVM's exit reason, operations completed, values loaded (u32, in order)."""
+
+    reason: int
+    done: int
+    data: tuple[int, ...] = ()
+    mmio: Mmio | None = None
+
+
+class GuestLivelock(AssertionError):
+    """An access faults for ever: the fault handler makes no progress."""
+
+
+class _Stop(Exception):
+    """Leave KVM_RUN for user space."""
+
+    def __init__(self, reason: int, mmio: Mmio | None = None) -> None:
+        self.reason = reason
+        self.mmio = mmio
+
+
+class Vcpu:
+    """Made by Vm.create_vcpu. `smm` selects address space 1; `guest_mode`: an L2 guest runs."""
+
+    def __init__(self, vm: Vm, id: int, ring: DirtyRing | None) -> None:
+        self.vm = vm
+        self.id = id
+        self.smm = False
+        self.guest_mode = False
+        self.root: Root | None = None
+        self._root_mode = (False, False)
+        self.tlb = Tlb()
+        self.pml = PmlBuffer(newest_first=vm.config.mmu == "tdp-5.10")
+        self.dirty_ring = ring
+        self._ring_view = RingView(ring.entries) if ring is not None else None
+        self._pml_update_deferred = False
+        self._system_time_gpa: int | None = None
+        self._clock_update = False
+        self._clock_version = 0
+
+    @property
+    def as_id(self) -> int:
+        """The address space this vCPU sees now."""
+        return int(self.smm)
+
+    @property
+    def ring(self) -> RingView:
+        """The mapped dirty ring. RuntimeError where the VM has none."""
+        if self._ring_view is None:
+            raise RuntimeError("this VM has no dirty ring: enable KVM_CAP_DIRTY_LOG_RING before the first vCPU")
+        return self._ring_view
+
+    # -- KVM_RUN -----------------------------------------------------------------------------------------------------
+
+    def run(self, ops: Sequence[Op]) -> Exit:
+        """Execute `ops` in order, then HLT.
+
+        Stops early with KVM_EXIT_MMIO for an address outside every slot or a store to a READONLY one (that operation
+        does not count as done), KVM_EXIT_DIRTY_RING_FULL at guest entry, KVM_EXIT_INTR where an interleaved vCPU would
+        have to wait for the one inside. Raises OSError EFAULT for memory the host cannot reach, ValueError for an
+        operation that crosses a page.
+        """
+        check_ops(ops)
+        done, loaded = 0, []
+        with self.vm.running(self):
+            try:
+                self.enter_guest()
+                for op in ops:
+                    if self.vm.config.instruction_emulation:
+                        self.check_ring_full()
+                        value = self.emulate(op)
+                    else:
+                        value = self.execute(op)
+                    done += 1
+                    if value is not None:
+                        loaded.append(value)
+            except _Stop as stop:
+                self.exit_guest()
+                return Exit(stop.reason, done, tuple(loaded), stop.mmio)
+            self.exit_guest()
+            self.count("halt_exits")
+        return Exit(KVM_EXIT_HLT, done, tuple(loaded))
+
+    def enter_guest(self) -> None:
+        """What KVM looks at before every guest entry: the ring first, then root and clock."""
+        self.check_ring_full()
+        self.load_root()
+        if self._clock_update:
+            self._clock_update = False
+            self.write_system_time()
+        self.vm.trace("kvm_entry", vcpu_id=self.id)
+
+    def check_ring_full(self) -> None:
+        """kvm_dirty_ring_check_request."""
+        if self.dirty_ring is not None and self.dirty_ring.check_request():
+            self.vm.trace("kvm_dirty_ring_exit", vcpu_id=self.id)
+            raise _Stop(KVM_EXIT_DIRTY_RING_FULL)
+
+    def exit_guest(self) -> None:
+        """Any VM exit: the PML buffer is drained before the exit is handled."""
+        self.count("exits")
+        self.flush_pml_buffer()
+
+    def load_root(self) -> Root:
+        """The root for the vCPU's present role; a root that was invalidated is left, and its translations with it."""
+        mode = self.smm, self.guest_mode
+        if self.root is None or self.root.invalid or mode != self._root_mode:
+            self.root, self._root_mode = self.vm.mmu.root_of(self), mode
+            self.tlb.flush()
+        return self.root
+
+    # -- the CPU -----------------------------------------------------------------------------------------------------
+
+    def execute(self, op: Op) -> int | None:
+        """One operation on the CPU; the value if it loads."""
+        kind, gpa, value = op
+        pfn = self.translate(gpa, write=kind != "r")
+        offset = gpa % PAGE_SIZE
+        if pfn is None:
+            return self.emulate(op)
+        memory = self.vm.memory
+        if kind == "r":
+            return memory.load(pfn, offset)
+        memory.store(pfn, offset, value if kind == "w" else memory.load(pfn, offset) + value & _U32)
+        self.vm.stored(self, gpa >> PAGE_SHIFT)
+        return None
+
+    def translate(self, gpa: int, *, write: bool) -> int | None:
+        """Host frame for an access, faulting until there is one; None: KVM must emulate the instruction."""
+        for _ in range(FAULTS_MAX):
+            pfn = self.cpu_access(gpa, write)
+            if pfn is not None:
+                return pfn
+            result = self.fault(gpa, write)
+            if result in (RetPf.EMULATE, RetPf.WRITE_PROTECTED):
+                return None
+            self.enter_guest()
+        if self.vm.interleaved:
+            raise _Stop(KVM_EXIT_INTR)
+        raise GuestLivelock(f"vCPU {self.id}: access to gpa {gpa:#x} (write={write}) faulted {FAULTS_MAX} times")
+
+    def cpu_access(self, gpa: int, write: bool) -> int | None:
+        """Steps 1 and 2: the host frame, or None: the access faults."""
+        gfn, root = gpa >> PAGE_SHIFT, self.load_root()
+        cached = self.tlb.lookup(root, gfn)
+        if cached is not None and (not write or cached.silent_store):
+            return cached.pfn_of(gfn)
+        return self.page_walk(root, gpa, write)
+
+    def page_walk(self, root: Root, gpa: int, write: bool) -> int | None:
+        """The CPU's walk: permission first, then A, then for a store D with its PML entry; then the TLB is filled."""
+        gfn, fmt = gpa >> PAGE_SHIFT, self.vm.mmu.fmt
+        spte, level = self.vm.mmu.walk(root, gfn)
+        if not fmt.is_present(spte) or not fmt.allows(spte, write=write, exec=False):
+            self.tlb.invalidate(root, gfn)
+            return None
+        has_ad = fmt.ad_enabled(spte)
+        dirty = not has_ad or bool(spte & fmt.dirty)
+        if has_ad and not spte & fmt.accessed:
+            self.vm.mmu.set_accessed(self, root, gfn)
+        if write and not dirty:
+            self.log_to_pml(gpa)
+            self.vm.mmu.set_dirty_bit(self, root, gfn)
+            dirty = True
+        base = gfn & -(1 << 9 * (level - 1))
+        found = Translation(base, level, fmt.pfn(spte), fmt.is_writable(spte), dirty)
+        self.tlb.insert(root, found)
+        return found.pfn_of(gfn)
+
+    def log_to_pml(self, gpa: int) -> None:
+        """The CPU is about to set D: log the page, after an exit if the buffer is full."""
+        if not self.pml.enabled or self.pml_off_for_l2():
+            return
+        if self.pml.full:
+            self.vm.trace("kvm_pml_full", vcpu_id=self.id)
+            self.exit_guest()
+        self.pml.log(gpa)
+
+    def pml_off_for_l2(self) -> bool:
+        """PML is off in hardware while L2 runs (c3bb9a20): the CPU would log L2's addresses."""
+        return self.guest_mode
+
+    # -- KVM's side of an exit ---------------------------------------------------------------------------------------
+
+    def fault(self, gpa: int, write: bool) -> RetPf:
+        """Step 3: exit, drain, handle. Raises OSError EFAULT if the host has no page there."""
+        self.exit_guest()
+        try:
+            return self.vm.mmu.page_fault(self, gpa, write=write)
+        except WouldBlock:
+            if not self.vm.interleaved:
+                raise
+            raise _Stop(KVM_EXIT_INTR) from None
+
+    def flush_pml_buffer(self) -> None:
+        """vmx_flush_pml_buffer: mark every logged page, oldest first, and empty the buffer. Not while L2 runs."""
+        if self.guest_mode or not len(self.pml):
+            return
+        for gpa in self.pml.pending():
+            gfn = gpa >> PAGE_SHIFT
+            slot = self.vm.gfn_to_slot(self.as_id, gfn)
+            if slot is not None:
+                self.vm.mark_page_dirty_in_slot(slot, gfn, self)
+        self.pml.reset()
+
+    def kick(self) -> None:
+        """An IPI: a vCPU inside the guest exits, and so drains its buffer."""
+        self.flush_pml_buffer()
+
+    def update_cpu_dirty_logging(self) -> None:
+        """Switch PML to whether any slot logs; put off while L2 runs, whose controls these are not (3e013d0a)."""
+        self._pml_update_deferred = self.guest_mode
+        if not self.guest_mode:
+            self.flush_pml_buffer()
+            self.pml.enabled = self.vm.pml_enabled and self.vm.regions.nr_memslots_dirty_logging > 0
+
+    def enter_guest_mode(self) -> None:
+        """VMLAUNCH by L1. The exit that brought us here has drained the buffer."""
+        self.flush_pml_buffer()
+        self.guest_mode = True
+
+    def leave_guest_mode(self) -> None:
+        """A nested VM exit: back to L1, whose dirty logging controls may have to be updated."""
+        self.guest_mode = False
+        if self._pml_update_deferred:
+            self.update_cpu_dirty_logging()
+
+    # -- the instruction emulator ------------------------------------------------------------------------------------
+
+    def emulate(self, op: Op) -> int | None:
+        """Carry out one operation in KVM; the value if it loads. No memory there: user space's MMIO."""
+        self.count("insn_emulation")
+        kind, gpa, value = op
+        if kind == "w":
+            self.emulated_write(gpa, value)
+            return None
+        raw = self.vm.access.read_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, 4, self)
+        if raw is None:
+            raise self.mmio(Mmio(gpa, False, bytes(4)))
+        found = int.from_bytes(raw, "little")
+        if kind == "r":
+            return found
+        if self.vm.access.compare_exchange(gpa, found, found + value & _U32, self) is None:
+            self.emulated_write(gpa, found + value & _U32)
+        return None
+
+    def emulated_write(self, gpa: int, value: int) -> None:
+        """A plain store of the emulator: logged like any other, on every store anew."""
+        data = (value & _U32).to_bytes(4, "little")
+        if not self.vm.access.write_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, data, self):
+            raise self.mmio(Mmio(gpa, True, data))
+        self.vm.stored(self, gpa >> PAGE_SHIFT)
+
+    def mmio(self, what: Mmio) -> _Stop:
+        """The exit to user space for an access with no memory behind it."""
+        self.count("mmio_exits")
+        self.vm.trace("kvm_mmio", type="write" if what.is_write else "read", len=len(what.data), gpa=what.phys_addr,
+                      val=int.from_bytes(what.data, "little"))  # fmt: skip
+        return _Stop(KVM_EXIT_MMIO, what)
+
+    # -- kvm-clock ---------------------------------------------------------------------------------------------------
+
+    def set_msr(self, index: int, value: int) -> None:
+        """KVM_SET_MSRS of one register: kvm-clock's. Nothing is written before the next KVM_RUN. OSError EINVAL."""
+        if index != MSR_KVM_SYSTEM_TIME_NEW:
+            raise kvm_error(EINVAL, f"MSR {index:#x}")
+        self._system_time_gpa = value & ~1 if value & 1 else None
+        self._clock_update = value & 1 == 1
+
+    def write_system_time(self) -> None:
+        """Fill in the guest's clock page (time stands still at zero here) and mark it: a guest write by KVM."""
+        gpa = self._system_time_gpa
+        if gpa is None or gpa % PAGE_SIZE > PAGE_SIZE - PVCLOCK_BYTES:
+            return
+        self._clock_version += 2
+        data = self._clock_version.to_bytes(4, "little") + bytes(PVCLOCK_BYTES - 4)
+        self.vm.access.write_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, data, self)
+
+    def destroy(self) -> None:
+        """The vCPU goes with its VM."""
+        self.tlb.flush()
+        self.root = None
+
+    # -- counters ----------------------------------------------------------------------------------------------------
+
+    def count(self, name: str) -> None:
+        """One more of a vCPU statistic."""
+        self.vm.stats.count_vcpu(self.id, name)
+
+    def stats_read(self) -> dict[str, int]:
+        """This vCPU's statistics under KVM's names."""
+        return self.vm.stats.read_vcpu(self.id)
+
+
+def check_ops(ops: Sequence[Op]) -> None:
+    """ValueError for an operation this guest cannot execute."""
+    for kind, gpa, _ in ops:
+        if kind not in ("w", "r", "a"):
+            raise ValueError(f"operation kind {kind!r}: 'w', 'r' or 'a'")
+        if gpa < 0 or gpa % PAGE_SIZE > PAGE_SIZE - 4:
+            raise ValueError(f"gpa {gpa:#x}: an operation is a u32 inside one page")
+
+
