@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from migsim.kvm.host_mm import linear_pfn
 from migsim.kvm.spte import ACC_TRACK_SAVED_SHIFT, AD_TYPE_SHIFT, AdType, SpteFormat
 from migsim.planes import Plane
-from migsim.units import PAGE_SHIFT
+from migsim.units import PAGE_SHIFT, REGION_PAGES
 
 
 class SlotShape(Protocol):
@@ -54,6 +57,13 @@ class LeafPlanes:
         self.acc_tracked: Plane | None = None
         self.not_exec: Plane | None = None
         self.pfns: dict[int, int] = {}
+
+    def reset(self) -> None:
+        """Make every page non-present and give the memory back."""
+        for plane in (self.present, self.writable, self.dirty, self.accessed):
+            plane.clear_all()
+        self.not_mmu_writable = self.not_host_writable = self.acc_tracked = self.not_exec = None
+        self.pfns = {}
 
     def planes(self) -> list[Plane]:
         """Every plane that exists."""
@@ -106,9 +116,41 @@ class LeafPlanes:
         """Make pages [first, first + count) non-present."""
         for plane in self.planes():
             plane.clear_range(first, count)
+        self.forget_frames(first, count)
+
+    def forget_frames(self, first: int, count: int) -> None:
+        """Pages [first, first + count) are where linear_pfn puts them again."""
         if self.pfns:
             for i in [i for i in self.pfns if first <= i < first + count]:
                 del self.pfns[i]
+
+    def store_run(self, first: int, count: int, spte: int, frames: NDArray[np.uint64]) -> None:
+        """Store `count` present leaves that differ in nothing but their frame; `spte` is the first.
+
+        `frames`: uint64[count / 512], address field of the 2M block each 512 pages lie in.
+        """
+        fmt = self.fmt
+        tracked = fmt.is_access_tracked(spte)
+        executable = bool(spte >> ACC_TRACK_SAVED_SHIFT & fmt.exec) if tracked else fmt.is_executable(spte)
+        self.erase(first, count)
+        self.present.set_range(first, count)
+        for plane, on in (
+            (self.writable, spte & fmt.writable), (self.dirty, spte & fmt.dirty), (self.accessed, spte & fmt.accessed)
+        ):  # fmt: skip
+            if on:
+                plane.set_range(first, count)
+        for name, on in (
+            ("not_host_writable", not spte & fmt.host_writable), ("not_mmu_writable", not spte & fmt.mmu_writable),
+            ("acc_tracked", tracked), ("not_exec", not executable),
+        ):  # fmt: skip
+            if on:
+                plane = getattr(self, name) or Plane(self.npages)
+                plane.set_range(first, count)
+                setattr(self, name, plane)
+        for block, frame in enumerate(frames.tolist()):
+            at = first + block * REGION_PAGES
+            if frame >> PAGE_SHIFT != self.pfn(at):
+                self.pfns.update({at + i: (frame >> PAGE_SHIFT) + i for i in range(REGION_PAGES)})
 
     def _put_rare(self, plane: Plane | None, i: int, value: bool) -> Plane | None:
         if plane is None and not value:

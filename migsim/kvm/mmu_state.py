@@ -6,6 +6,7 @@ MMU needs of the VM above it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -186,13 +187,16 @@ class MmuState:
         )
         self.ad_enabled = config.vendor == "amd" or config.ad_bits
         self.level = 5 if config.maxphyaddr > 48 else 4
-        self.nx_huge_pages = config.nx_huge_pages
+        self.nx_huge_pages = config.nx_huge_pages  # KVM_CAP_VM_DISABLE_NX_HUGE_PAGES may clear it before any vCPU exists
         self.lock = MmuLock(vm.meter, shared=self.vintage.shared_lock)
         self.roots = RootList()
         self.rcu = Rcu()
         self.sched = Sched()
         self.nx = NxList()
         self.invalidate = InvalidateRange()
+        self.whole_slots = True  # operations on large ranges work on rows and planes at once (whole_slot.py)
+        self.whole_slots_min_pages = 4096
+        self.shadowed_leafs: Counter[int] = Counter()  # leaves of nested guests' shadow pages, by level
         self.write_tracked: dict[tuple[int, int], int] = {}  # (as_id, gfn) -> trackers
 
     @property

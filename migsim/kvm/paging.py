@@ -21,6 +21,7 @@ from migsim.kvm.make_spte import make_nonleaf_spte
 from migsim.kvm.spte import (
     ENTRIES,
     MAX_LEVEL,
+    PAGE_SIZE_BIT,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
     AdType,
@@ -36,6 +37,18 @@ class Sptep(NamedTuple):
 
     table_pfn: int
     entry: int
+
+
+def present_entries(fmt: SpteFormat, entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """SpteFormat.is_present for many entries of tables above level 1."""
+    if fmt.mmu_present:
+        return np.asarray(entries & np.uint64(fmt.mmu_present) != 0)
+    return np.asarray((entries != 0) & (entries != np.uint64(fmt.frozen)))
+
+
+def huge_leafs(fmt: SpteFormat, entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which entries of tables above level 1 are present leaves."""
+    return np.asarray(present_entries(fmt, entries) & (entries & np.uint64(PAGE_SIZE_BIT) != 0))
 
 
 class PagingStructure:
@@ -92,6 +105,22 @@ class PagingStructure:
         self.table_level[row] = 0
         self.tables[row] = self.fmt.nonpresent
         self.free_rows.append(row)
+
+    def reset(self) -> None:
+        """Forget every table but the root, which becomes empty; the caller has emptied the planes and counted."""
+        self.tables[:] = self.fmt.nonpresent
+        keep = self.table_row(self.root_pfn)
+        self.table_level[np.arange(len(self.tables)) != keep] = 0
+        self.free_rows = [row for row in range(len(self.tables) - 1, -1, -1) if row != keep]
+        self.n_tables = [0] * (MAX_LEVEL + 1)
+        self.n_tables[self.level] = 1
+        self.mmio.clear()
+        self.dying.clear()
+
+    def table_row(self, table_pfn: int) -> int:
+        """Row of a table of level 2 or more."""
+        assert table_pfn < LEAF_TABLE_PFN_BASE, f"table {table_pfn:#x} is packed"
+        return table_pfn - TABLE_PFN_BASE
 
     def _grow(self) -> None:
         rows = len(self.tables)
@@ -246,19 +275,19 @@ class PagingStructure:
             table, level = self.fmt.pfn(spte), level - 1
         return table - TABLE_PFN_BASE
 
-    def l2_tables(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """(row, first gfn) of every level-2 table that covers part of gfns [first, end), ascending."""
-        yield from self._tables_below(self.root_pfn, self.level, first, end)
+    def tables_at(self, level: int, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """(row, first gfn) of every table at `level` (2 or more) that covers part of gfns [first, end), ascending."""
+        yield from self._tables_below(self.root_pfn, self.level, level, first, end)
 
-    def _tables_below(self, table: int, level: int, first: int, end: int) -> Iterator[tuple[int, int]]:
+    def _tables_below(self, table: int, level: int, wanted: int, first: int, end: int) -> Iterator[tuple[int, int]]:
         row = table - TABLE_PFN_BASE
         base, span = int(self.table_gfn[row]), pages_per_level(level)
-        if level == PG_LEVEL_2M:
+        if level == wanted:
             yield row, base
             return
         low = max(first - base, 0) // span
         high = min(-(-(end - base) // span), ENTRIES)
-        for index in range(low, high):
-            spte = int(self.tables[row, index])
+        for entry in range(low, high):
+            spte = int(self.tables[row, entry])
             if self.fmt.is_present(spte) and not self.fmt.is_leaf(spte, level):
-                yield from self._tables_below(self.fmt.pfn(spte), level - 1, first, end)
+                yield from self._tables_below(self.fmt.pfn(spte), level - 1, wanted, first, end)

@@ -21,7 +21,8 @@ class Vintage:
     (5.13). eager_split: huge pages split when logging is enabled or cleared (5.18). splits_on_fault: a huge page in
     the way is split with its 512 translations, not zapped to an empty table (6.2). marks_in_make_spte: dirty marking
     moved out of the change handler. age_clears_dirty, changed_pte (until 6.10), protects_huge_at_enable (INITIALLY_SET,
-    5.7 to 5.10): 5.10 habits. disable: what disabling the log does: 5.10 tests the wrong frame and zaps nothing
+    5.7 to 5.10), zaps_tables (range zaps take whole tables along): 5.10 habits. disable: what disabling the log
+    does: 5.10 tests the wrong frame and zaps nothing
     (fixed by 3eda3381), then leaf by leaf, then tables (5ba7c4c6), then in-place recovery (6.13). nx_skips_logged: NX
     recovery leaves tables of logged slots (eb298605). write_protected: RET_PF_WRITE_PROTECTED exists (6.12).
     tdp: the TDP MMU serves direct roots; else the shadow MMU does.
@@ -39,6 +40,7 @@ class Vintage:
     age_clears_dirty: bool = False
     changed_pte: bool = False
     protects_huge_at_enable: bool = False
+    zaps_tables: bool = False
     disable: DisableForm = "recover"
     nx_skips_logged: bool = True
     write_protected: bool = True
@@ -60,6 +62,7 @@ TDP_5_10: Final = Vintage(
     age_clears_dirty=True,
     changed_pte=True,
     protects_huge_at_enable=True,
+    zaps_tables=True,
     disable="zap-nothing",
     nx_skips_logged=False,
     write_protected=False,

@@ -1,0 +1,139 @@
+"""The one choke point for SPTE changes of the TDP MMU (patch 5): accounting, legality, removal of tables.
+
+Every setter below installs a value and then calls handle_changed_spte, which keeps pages_4k/2m/1g and the NX list
+right and takes apart the tables that hung below. Source: Linux 6.13 and 5.10, arch/x86/kvm/mmu/tdp_mmu.c.
+"""
+
+from __future__ import annotations
+
+from migsim.kvm.mmu_state import MmuState
+from migsim.kvm.paging import Sptep
+from migsim.kvm.roots import Root
+from migsim.kvm.spte import ENTRIES, PG_LEVEL_4K
+from migsim.kvm.tdp_iter import TdpIter
+from migsim.units import pages_per_level
+
+
+def handle_changed_spte(
+    mmu: MmuState, root: Root, gfn: int, old: int, new: int, level: int, *, shared: bool
+) -> None:
+    """Bookkeeping for `old` -> `new` at gfn and level, after the store. Raises AssertionError where KVM would BUG."""
+    fmt = mmu.fmt
+    where = f"SPTE {old:#018x} -> {new:#018x} gfn {gfn:#x} level {level}"
+    assert PG_LEVEL_4K <= level <= root.level, f"{where}: level out of range"
+    assert gfn % pages_per_level(level) == 0, f"{where}: gfn not aligned to the level"
+    was_present, is_present = fmt.is_present(old), fmt.is_present(new)
+    was_leaf = was_present and fmt.is_leaf(old, level)
+    is_leaf = is_present and fmt.is_leaf(new, level)
+    if was_leaf and is_leaf:
+        assert fmt.pfn(old) == fmt.pfn(new), f"{where}: a present leaf changes its frame without being zapped first"
+    if old == new:
+        return
+    mmu.vm.trace("kvm_tdp_mmu_spte_changed", as_id=root.as_id, gfn=gfn, level=level, old_spte=old, new_spte=new)
+    if is_leaf:
+        fmt.validate_leaf(new, gfn, level)
+    if was_leaf != is_leaf:
+        mmu.stats.update_page_stats(level, 1 if is_leaf else -1)
+    if not was_present and not is_present:
+        special = (fmt.is_mmio(old), fmt.is_mmio(new), fmt.is_frozen(old), fmt.is_frozen(new))
+        assert any(special), f"{where}: non-present to non-present, and neither MMIO nor frozen"
+        return
+    if was_present and not was_leaf and (is_leaf or not is_present or fmt.pfn(old) != fmt.pfn(new)):
+        handle_removed_pt(mmu, root, fmt.pfn(old), shared=shared)
+    if not mmu.vintage.marks_in_make_spte:
+        _changed_dirty_log(mmu, root, gfn, old, new, level)
+
+
+def _changed_dirty_log(mmu: MmuState, root: Root, gfn: int, old: int, new: int, level: int) -> None:
+    """5.10 marks pages here: a 4K SPTE became writable, or a writable one got another frame."""
+    fmt = mmu.fmt
+    if level > PG_LEVEL_4K or not fmt.is_present(new) or not fmt.is_writable(new):
+        return
+    if fmt.is_present(old) and fmt.is_writable(old) and fmt.pfn(old) == fmt.pfn(new):
+        return
+    slot = mmu.vm.gfn_to_slot(root.as_id, gfn)
+    if slot is not None:
+        mmu.vm.mark_page_dirty_in_slot(slot, gfn, None)
+
+
+def handle_removed_pt(mmu: MmuState, root: Root, table_pfn: int, *, shared: bool) -> None:
+    """Take an unlinked table apart: untrack, empty its entries (recursively), free the page once no reader is left.
+
+    Shared: entries become FROZEN, so that a walker still inside cannot install into a dead table. The caller flushes.
+    """
+    level = root.level_of(table_pfn)
+    untrack_nx(mmu, root, table_pfn)
+    for entry in range(ENTRIES):
+        at = Sptep(table_pfn, entry)
+        old, gfn = root.read(at), root.gfn_of(at)
+        freeze = shared and level > PG_LEVEL_4K  # a level-1 table freezes as a whole, below
+        if not freeze and not mmu.fmt.is_present(old) and not mmu.fmt.is_mmio(old):
+            continue
+        end = mmu.fmt.frozen if freeze else mmu.fmt.nonpresent
+        root.write(at, end)
+        if old != end:
+            handle_changed_spte(mmu, root, gfn, old, mmu.fmt.frozen, level, shared=shared)
+    if level == PG_LEVEL_4K and shared:
+        root.dying.add(table_pfn)  # from here on every entry of it reads FROZEN
+    mmu.rcu.call(lambda: root.free_table(table_pfn))
+
+
+def untrack_nx(mmu: MmuState, root: Root, table_pfn: int) -> None:
+    """The table is no longer kept small for NX (untrack_possible_nx_huge_page)."""
+    if mmu.nx.discard(root, table_pfn):
+        mmu.stats.add("nx_lpage_splits", -1)
+
+
+# -- setters: atomic under the read lock, plain under the write lock -----------------------------------------------
+
+
+def set_spte_atomic(mmu: MmuState, it: TdpIter, new: int) -> bool:
+    """Compare-exchange the iterator's entry; on failure nothing happened and old_spte holds the value now there."""
+    assert not mmu.fmt.is_frozen(it.old_spte), f"frozen SPTE at gfn {it.gfn:#x} level {it.level} is not ours to change"
+    _assert_protected(mmu, it.gfn)
+    mmu.vm.meter.count("spte_cmpxchg")
+    if not it.root.cmpxchg(it.at, it.old_spte, new):
+        mmu.vm.meter.count("spte_cmpxchg_failed")
+        it.old_spte = it.root.read(it.at)
+        return False
+    handle_changed_spte(mmu, it.root, it.gfn, it.old_spte, new, it.level, shared=not mmu.lock.writer)
+    it.old_spte = new
+    return True
+
+
+def set_spte(mmu: MmuState, it: TdpIter, new: int) -> None:
+    """Exchange the iterator's entry under the write lock; bits the CPU set since it was read are not lost."""
+    assert mmu.lock.writer, f"SPTE at gfn {it.gfn:#x} level {it.level} written without the exclusive mmu_lock"
+    old = it.root.write(it.at, new)
+    handle_changed_spte(mmu, it.root, it.gfn, old, new, it.level, shared=False)
+    it.old_spte = new
+
+
+def clear_spte_bits(mmu: MmuState, it: TdpIter, mask: int) -> None:
+    """Locked AND: take W, D or A away whatever else the CPU does meanwhile (Linux 6.4)."""
+    _assert_protected(mmu, it.gfn)
+    old = it.root.clear_bits(it.at, mask)
+    it.old_spte = old & ~mask
+    mmu.vm.trace(
+        "kvm_tdp_mmu_spte_changed",
+        as_id=it.root.as_id, gfn=it.gfn, level=it.level, old_spte=old, new_spte=it.old_spte,
+    )  # fmt: skip
+
+
+def zap_spte_atomic(mmu: MmuState, it: TdpIter) -> bool:
+    """Zap under the read lock: FROZEN first, then flush, and only then non-present, so nobody maps in between."""
+    old = it.old_spte
+    assert not mmu.fmt.is_frozen(old), f"frozen SPTE at gfn {it.gfn:#x} level {it.level} zapped twice"
+    _assert_protected(mmu, it.gfn)
+    if not it.root.cmpxchg(it.at, old, mmu.fmt.frozen):
+        it.old_spte = it.root.read(it.at)
+        return False
+    mmu.flush_gfn(it.root, it.gfn, pages_per_level(it.level))
+    it.root.write(it.at, mmu.fmt.nonpresent)
+    it.old_spte = mmu.fmt.nonpresent
+    handle_changed_spte(mmu, it.root, it.gfn, old, mmu.fmt.nonpresent, it.level, shared=not mmu.lock.writer)
+    return True
+
+
+def _assert_protected(mmu: MmuState, gfn: int) -> None:
+    assert mmu.lock.held or mmu.rcu.depth, f"SPTE of gfn {gfn:#x} changed outside mmu_lock and outside RCU"

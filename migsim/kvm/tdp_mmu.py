@@ -1,0 +1,172 @@
+"""The TDP MMU's fault side (patch 10): walk down, allocate or split, install the leaf.
+
+Many vCPUs do this at once under the read lock, which is the point of it all: the compare-exchange decides, whoever
+loses retries. Source: Linux 6.13 and 5.10, arch/x86/kvm/mmu/tdp_mmu.c.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from migsim.kvm.changed_spte import set_spte_atomic
+from migsim.kvm.levels import PageFault, disallowed_hugepage_adjust
+from migsim.kvm.make_spte import make_nonleaf_spte, make_split_spte, make_spte
+from migsim.kvm.mmio import make_mmio_spte
+from migsim.kvm.mmu_state import MmuState
+from migsim.kvm.paging import Sptep
+from migsim.kvm.roots import Root
+from migsim.kvm.spte import ACC_ALL, ENTRIES, PG_LEVEL_4K
+from migsim.kvm.tdp_iter import TdpIter, for_each_tdp_pte
+from migsim.units import pages_per_level
+
+
+class RetPf(enum.IntEnum):
+    """What a fault handler returns (Linux 6.12 numbering). CONTINUE and INVALID never leave the handler."""
+
+    CONTINUE = 0
+    RETRY = 1
+    EMULATE = 2
+    WRITE_PROTECTED = 3
+    INVALID = 4
+    FIXED = 5
+    SPURIOUS = 6
+
+
+def tdp_mmu_map(mmu: MmuState, root: Root, fault: PageFault) -> RetPf:
+    """Install the mapping a fault asked for; RETRY if somebody else changed the path meanwhile."""
+    mmu.vm.trace("kvm_mmu_spte_requested", gfn=fault.gfn, pfn=fault.pfn, level=fault.goal_level)
+    with mmu.rcu.read():
+        for it in for_each_tdp_pte(root, fault.gfn, fault.gfn + 1):
+            if fault.nx_workaround:
+                disallowed_hugepage_adjust(mmu, root, fault, it.old_spte, it.level)
+            if mmu.fmt.is_frozen(it.old_spte):
+                return RetPf.RETRY
+            if it.level == fault.goal_level:
+                return map_target_level(mmu, fault, it)
+            if mmu.fmt.is_present(it.old_spte) and not it.is_leaf:
+                continue
+            if not _make_way(mmu, fault, it):
+                return RetPf.RETRY
+    return RetPf.RETRY
+
+
+def _make_way(mmu: MmuState, fault: PageFault, it: TdpIter) -> bool:
+    """Put a table below the iterator's entry: split the huge page that is there, or link an empty one."""
+    if it.is_leaf and not mmu.vintage.splits_on_fault:
+        # 5.10: zap the huge page and flush before its range is handed out again; its other 511 pages fault again.
+        if not set_spte_atomic(mmu, it, mmu.fmt.nonpresent):
+            return False
+        mmu.flush_gfn(it.root, it.gfn, pages_per_level(it.level))
+    if it.is_leaf:
+        linked = split_huge_page(mmu, it)
+    else:
+        linked = link_table(mmu, it)
+    if linked and fault.huge_page_disallowed and fault.req_level >= it.level:
+        mmu.nx.add(it.root, mmu.fmt.pfn(it.old_spte))
+        mmu.stats.add("nx_lpage_splits")
+    return linked
+
+
+def link_table(mmu: MmuState, it: TdpIter) -> bool:
+    """Link an empty table below a non-present entry; on a lost race the table is freed again."""
+    root = it.root
+    table = root.alloc_table(it.level - 1, it.gfn)
+    mmu.vm.meter.count("table_alloc")
+    if set_spte_atomic(mmu, it, make_nonleaf_spte(mmu.fmt, table, root.ad_type)):
+        return True
+    root.free_table(table)
+    return False
+
+
+def split_huge_page(mmu: MmuState, it: TdpIter) -> bool:
+    """Replace a huge leaf by a table of 512 leaves with the same frames, permissions, W and D. Needs no TLB flush.
+
+    The children of a 2M page lie in the planes, which the table owns from the moment it is linked; they are filled in
+    the same step, so no walker can see the table without them.
+    """
+    root, huge, level = it.root, it.old_spte, it.level
+    table = root.alloc_table(level - 1, it.gfn)
+    if not set_spte_atomic(mmu, it, make_nonleaf_spte(mmu.fmt, table, root.ad_type)):
+        root.free_table(table)
+        return False
+    mmu.vm.trace("kvm_mmu_split_huge_page", gfn=it.gfn, spte=huge, level=level, errno=0)
+    mmu.vm.meter.count("huge_page_split")
+    for entry in range(ENTRIES):
+        child = make_split_spte(mmu.fmt, huge, level, entry, nx_huge_pages=mmu.nx_huge_pages)
+        root.write(Sptep(table, entry), child)
+    mmu.stats.update_page_stats(level - 1, ENTRIES)
+    return True
+
+
+def map_target_level(mmu: MmuState, fault: PageFault, it: TdpIter) -> RetPf:
+    """Install the leaf (or the MMIO SPTE) at the level chosen (tdp_mmu_map_handle_target_level)."""
+    fmt, slot, old = mmu.fmt, fault.slot, it.old_spte
+    allowed = it.is_leaf and fmt.allows(old, write=fault.write, exec=fault.exec)
+    if it.is_leaf and (fault.prefetch or allowed):
+        return RetPf.SPURIOUS
+    wrprot = False
+    if slot is None:
+        generation = mmu.vm.memslots(it.root.as_id).generation
+        new = make_mmio_spte(fmt, generation=generation, gfn=fault.gfn)
+        mmu.vm.trace("mark_mmio_spte", sptep=it.at.table_pfn, gfn=fault.gfn, access=ACC_ALL, gen=generation)
+    else:
+        new, wrprot = make_fault_spte(mmu, it.root, fault, it.level)
+    if new == old:
+        return RetPf.SPURIOUS
+    if not set_spte_atomic(mmu, it, new):
+        return RetPf.RETRY
+    if fmt.is_present(old) and _needs_flush(mmu, old, new, it.level):
+        mmu.flush_gfn(it.root, it.gfn, pages_per_level(it.level))
+    if slot is None:
+        mmu.stats.count_vcpu(fault.vcpu.id, "pf_mmio_spte_created")
+        return RetPf.EMULATE
+    if mmu.vintage.marks_in_make_spte:
+        mark_made_writable(mmu, fault, new, it.level)
+    trace_set_spte(mmu, it.gfn, new, it.level)
+    if wrprot and fault.write:
+        return RetPf.WRITE_PROTECTED if mmu.vintage.write_protected else RetPf.EMULATE
+    return RetPf.FIXED
+
+
+def _needs_flush(mmu: MmuState, old: int, new: int, level: int) -> bool:
+    """Replacing a table, or taking MMU-writable from a leaf, leaves translations behind that must go now."""
+    if not mmu.fmt.is_leaf(old, level):
+        return True
+    return mmu.fmt.is_mmu_writable(old) and not mmu.fmt.is_mmu_writable(new)
+
+
+def make_fault_spte(mmu: MmuState, root: Root, fault: PageFault, level: int) -> tuple[int, bool]:
+    """make_spte with a fault's inputs: (SPTE, wrprot)."""
+    assert fault.slot is not None
+    made = make_spte(
+        mmu.fmt,
+        gfn=fault.gfn & -pages_per_level(level),
+        pfn=fault.pfn,
+        level=level,
+        access=ACC_ALL,
+        host_writable=fault.host_writable,
+        ad_type=root.ad_type,
+        prefetch=fault.prefetch,
+        write_tracked=mmu.is_write_tracked(fault.slot, fault.gfn),
+        nx_huge_pages=mmu.nx_huge_pages,
+    )
+    return made.spte, made.wrprot
+
+
+def mark_made_writable(mmu: MmuState, fault: PageFault, spte: int, level: int) -> None:
+    """A leaf with W was installed in a logged slot: the page counts as dirty from now on."""
+    slot = fault.slot
+    if slot is None or not slot.logging or not mmu.fmt.is_writable(spte):
+        return
+    assert level == PG_LEVEL_4K, f"SPTE {spte:#018x} gfn {fault.gfn:#x} level {level}: huge and writable while logging"
+    mmu.vm.mark_page_dirty_in_slot(slot, fault.gfn, fault.vcpu)
+
+
+def trace_set_spte(mmu: MmuState, gfn: int, spte: int, level: int) -> None:
+    """Tracepoint kvm_mmu_set_spte."""
+    fmt = mmu.fmt
+    mmu.vm.trace(
+        "kvm_mmu_set_spte",
+        gfn=gfn, spte=spte, level=level, r=bool(spte & 1), w=fmt.is_writable(spte), x=fmt.is_executable(spte),
+        u=not fmt.user or bool(spte & fmt.user),
+    )  # fmt: skip
