@@ -1,0 +1,45 @@
+"""A real QEMU's monitor on its standard streams, for tests that compare the model's answers with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from types import TracebackType
+from typing import Any
+
+QEMU = shutil.which("qemu-system-x86_64")
+
+
+class RealQemu:
+    """`with RealQemu() as qemu: qemu.answer("query-version")`; a machine without anything, never started."""
+
+    def __enter__(self) -> RealQemu:
+        assert QEMU is not None
+        command = [QEMU, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._read()
+        self.answer("qmp_capabilities")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def answer(self, name: str, **arguments: Any) -> dict[str, Any]:
+        """The reply object: {"return": ...} or {"error": {...}}."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def version(self) -> str:
+        qemu = self.answer("query-version")["return"]["qemu"]
+        return f"{qemu['major']}.{qemu['minor']}"
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        while True:
+            message: dict[str, Any] = json.loads(self._process.stdout.readline())
+            if "event" not in message:
+                return message
