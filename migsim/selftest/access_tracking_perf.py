@@ -5,9 +5,9 @@ Every vCPU thread marks its own memory idle through page_idle, so the marking it
 
 from __future__ import annotations
 
+from migsim.perf.memstress import Counts, Memstress
 from migsim.perf.phases import parallel_phase
 from migsim.perf.profile import HostProfile
-from migsim.selftest.memstress import Counts, Memstress
 from migsim.selftest.outcome import Outcome, Phase, seconds
 from migsim.selftest.vm import guest_mode_lines, lock_mode, options_of
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from migsim.perf.memstress import Memstress
     from migsim.perf.profile import HostProfile
-    from migsim.selftest.memstress import Memstress
     from migsim.selftest.outcome import Outcome
 
 __all__ = ["NAMES", "add_arguments", "run_selftest"]
@@ -111,7 +111,7 @@ def _refuse_foreign_options(args: argparse.Namespace) -> None:
 
 
 def _vm(args: argparse.Namespace, **more: int) -> Memstress:
-    from migsim.selftest.memstress import Memstress
+    from migsim.perf.memstress import Memstress
 
     return Memstress(
         vcpus=args.vcpus,

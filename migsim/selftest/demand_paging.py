@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from migsim.perf.memstress import Memstress
 from migsim.perf.phases import parallel_phase
 from migsim.perf.profile import HostProfile
-from migsim.selftest.memstress import Memstress
 from migsim.selftest.outcome import Outcome, Phase, seconds
 from migsim.selftest.vm import guest_mode_lines, lock_mode, options_of
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Literal
 
+from migsim.perf.memstress import Memstress
 from migsim.perf.phases import parallel_phase, thread_phase
 from migsim.perf.profile import load_profile
 from migsim.selftest.demand_paging import demand_paging_test
 from migsim.selftest.dirty_log_perf import dirty_log_perf_test
-from migsim.selftest.memstress import Memstress
 from migsim.selftest.outcome import Outcome
 from migsim.units import GIB, MIB, PAGE_SIZE
 
@@ -317,7 +317,7 @@ def _elsewhere() -> Table:
                 260,
                 fault,
                 "explained",
-                f"a fast page fault on Skylake; a PML entry is {host.ns('pml-entry'):g} ns. The newer host is not stated",
+                f"a fast page fault on Skylake; a PML entry is {host.ns('pml-entry'):g} ns. Host not stated",
             ),
             Figure(
                 "fast page fault, 2012: autotest 512.5 to 269.2 ms, ratio",

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from migsim.perf.memstress import Counts, Memstress
 from migsim.perf.phases import parallel_phase, thread_phase
 from migsim.perf.profile import HostProfile
-from migsim.selftest.memstress import Counts, Memstress
 from migsim.selftest.outcome import Outcome, Phase, seconds
 from migsim.selftest.vm import lock_mode, options_of
 from migsim.units import MIB, PAGE_SIZE

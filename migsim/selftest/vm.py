@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from migsim.perf.memstress import Memstress
 from migsim.perf.phases import LockMode
 from migsim.perf.profile import HostProfile
-from migsim.selftest.memstress import Memstress
-from migsim.selftest.rules import Rules, default_kernel
+from migsim.perf.rules import Rules, default_kernel
 from migsim.units import PAGE_SIZE
 
 __all__ = ["guest_mode_lines", "lock_mode", "options_of"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from migsim.perf import phases
+from migsim.perf.memstress import BACKING_LEVELS, Memstress
 from migsim.perf.profile import ProfileError, available_profiles, load_profile
-from migsim.selftest.memstress import BACKING_LEVELS, Memstress
-from migsim.selftest.rules import MMUS
+from migsim.perf.rules import MMUS
 
 
 @pytest.mark.parametrize("name", ["default", *available_profiles()])

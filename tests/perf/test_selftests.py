@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migsim.cli import main
+from migsim.perf.memstress import Memstress
 from migsim.perf.profile import load_profile
+from migsim.perf.rules import MMUS
 from migsim.selftest.access_tracking_perf import access_tracking_perf_test
 from migsim.selftest.demand_paging import demand_paging_test
 from migsim.selftest.dirty_log_perf import dirty_log_perf_test
 from migsim.selftest.memslot_perf import memslot_perf_test
-from migsim.selftest.memstress import Memstress
-from migsim.selftest.rules import MMUS
 from migsim.units import GIB, MIB
 
 _SKYLAKE = load_profile("skylake-2s-96")

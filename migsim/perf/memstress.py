@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from migsim.selftest.rules import Kernel, Rules, default_kernel, rules_for
+from migsim.perf.rules import Kernel, Rules, default_kernel, rules_for
 from migsim.units import GIB, MIB, PAGE_SIZE
 
 __all__ = ["BACKING_LEVELS", "Counts", "Leaves", "Memstress"]
