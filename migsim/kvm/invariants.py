@@ -141,7 +141,8 @@ def leaf_violations(mmu: MmuState, root: Root) -> Iterator[str]:
             continue
         if not mmu.invalidate.covers(gfn) and mmu.fmt.pfn(spte) != mmu.vm.host.pfn(slot.hva(gfn)):
             yield f"{where}: the host's frame is {mmu.vm.host.pfn(slot.hva(gfn)):#x}"
-        if level > max_mapping_level(mmu, slot, gfn):
+        # a huge page that only lost its right to writes when something below came to be shadowed may stay
+        if mmu.fmt.is_mmu_writable(spte) and level > max_mapping_level(mmu, slot, gfn):
             yield f"{where}: larger than the {max_mapping_level(mmu, slot, gfn)} allowed"
         if level > PG_LEVEL_4K and slot.logging and mmu.fmt.is_writable(spte):
             log = slot.dirty_bitmap

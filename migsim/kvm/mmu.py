@@ -17,12 +17,13 @@ from migsim.kvm.notifier import gfn_ranges
 from migsim.kvm.nx_recovery import RECOVERY_RATIO, recover_nx_huge_pages
 from migsim.kvm.page_fault import classify, direct_page_fault, error_code, handle_mmio_page_fault
 from migsim.kvm.roots import Root
+from migsim.kvm.shadow_mmu import ShadowMmu
 from migsim.kvm.spte import PG_LEVEL_2M, PG_LEVEL_4K, SpteFormat
 from migsim.kvm.tdp_mmu import RetPf
 from migsim.kvm.tdp_ops import TdpMmu
 from migsim.kvm.vintage import Vintage
 from migsim.kvm.write_protect import write_track_add, write_track_remove
-from migsim.units import PAGE_SHIFT, REGION_PAGES, WORD_BITS
+from migsim.units import PAGE_SHIFT, PAGE_SIZE, REGION_PAGES, WORD_BITS
 
 INITIALLY_SET = 3  # KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET
 _STAT_OF = {RetPf.FIXED: "pf_fixed", RetPf.EMULATE: "pf_emulate", RetPf.SPURIOUS: "pf_spurious"}
@@ -34,14 +35,20 @@ class Mmu:
     def __init__(self, vm: VmSeam, vintage: Vintage | None = None) -> None:
         self.vm = vm
         self.state = MmuState(vm, vintage)
+        self.shadow = ShadowMmu(self.state, self.track_writes, self.untrack_writes)
         self.tdp = TdpMmu(self.state)
-        self.parts = (self.tdp,)
+        self.parts: tuple[ShadowMmu | TdpMmu, ...] = (self.shadow, self.tdp) if self.tdp_enabled else (self.shadow,)
         self._loaded: dict[int, Root] = {}
 
     @property
     def fmt(self) -> SpteFormat:
         """The SPTE format."""
         return self.state.fmt
+
+    @property
+    def tdp_enabled(self) -> bool:
+        """Does the TDP MMU serve direct roots (parameter tdp_mmu, read once)?"""
+        return self.state.vintage.tdp
 
     @property
     def lock(self) -> MmuLock:
@@ -108,7 +115,7 @@ class Mmu:
         return result
 
     def _map(self, mmu: MmuState, root: Root, fault: PageFault) -> RetPf:
-        return self.tdp.map(root, fault)
+        return self.parts[-1].map(root, fault)
 
     def set_dirty_bit(self, vcpu: VcpuSeam, root: Root, gfn: int) -> bool:
         """The CPU stores through a leaf with W and sets D if it has D bits; True if D was clear (PML logs then)."""
@@ -143,8 +150,8 @@ class Mmu:
 
     def zap_slot(self, slot: Memslot) -> None:
         """Zap what one slot maps and nothing else (quirk KVM_X86_QUIRK_SLOT_ZAP_ALL off, Linux 6.12)."""
-        flush = False
         with self.state.lock.write():
+            flush = self.shadow.pages.zap_in(slot)
             for part in self.parts:
                 flush = part.zap_range(slot.as_id, slot.base_gfn, slot.end_gfn) or flush
             if flush:
@@ -167,7 +174,7 @@ class Mmu:
             if self.state.vintage.protects_huge_at_enable:
                 self._wrprot_slot(slot, PG_LEVEL_2M)
             return
-        if self._eager_split:
+        if self._eager_split and self.tdp_enabled:
             self.tdp.split_slot(slot, slot.base_gfn, slot.end_gfn)
         if self.vm.config.pml_enabled:
             for part in self.parts:
@@ -203,7 +210,7 @@ class Mmu:
         with self._exclusive():
             if self.vm.manual_dirty_log_protect & INITIALLY_SET == INITIALLY_SET:
                 first, last = base + (mask & -mask).bit_length() - 1, base + mask.bit_length() - 1
-                if self._eager_split:
+                if self._eager_split and self.tdp_enabled:
                     self.tdp.split_slot(slot, first, last + 1)
                 self._write_protect(slot, first, PG_LEVEL_2M)
                 if first // REGION_PAGES != last // REGION_PAGES:
@@ -224,12 +231,8 @@ class Mmu:
         with self._exclusive():
             protected = self._write_protect(slot, gfn, PG_LEVEL_4K)
             if protected:
-                self.vm.flush_gfn_range(self.any_root(slot), gfn, 1)
+                self.vm.flush_remote_tlbs()
         return protected
-
-    def any_root(self, slot: Memslot) -> Root:
-        """A root of the slot's address space, for range flushes that concern them all."""
-        return next(self.state.roots.of(slot.as_id))
 
     def track_writes(self, slot: Memslot, gfn: int) -> None:
         """Start write-tracking gfn: every store to it is to be emulated."""
@@ -302,8 +305,16 @@ class Mmu:
         return recover_nx_huge_pages(self.state, ratio)
 
     def table_pages(self) -> int:
-        """Page-table pages allocated now."""
-        return sum(sum(root.n_tables) for root in self.state.roots)
+        """Page-table pages allocated now, shadow pages included."""
+        return sum(sum(root.n_tables) for root in self.state.roots) + len(self.shadow.pages)
+
+    def rmap_bytes(self) -> int:
+        """Memory of the reverse map; 0 as long as only the TDP MMU has been used."""
+        return self.shadow.rmap.bytes_held()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held by page tables and by the reverse map."""
+        return {"table-bytes": self.table_pages() * PAGE_SIZE, "rmap-bytes": self.rmap_bytes()}
 
     def pre_destroy(self) -> list[str]:
         """The VM goes: unload every vCPU, zap everything. One sentence for each thing that is left over."""

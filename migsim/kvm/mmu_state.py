@@ -187,7 +187,7 @@ class MmuState:
         )
         self.ad_enabled = config.vendor == "amd" or config.ad_bits
         self.level = 5 if config.maxphyaddr > 48 else 4
-        self.nx_huge_pages = config.nx_huge_pages  # KVM_CAP_VM_DISABLE_NX_HUGE_PAGES may clear it before any vCPU exists
+        self.nx_huge_pages = config.nx_huge_pages  # KVM_CAP_VM_DISABLE_NX_HUGE_PAGES may clear it
         self.lock = MmuLock(vm.meter, shared=self.vintage.shared_lock)
         self.roots = RootList()
         self.rcu = Rcu()

@@ -112,7 +112,7 @@ def _fast_try(mmu: MmuState, root: Root, fault: PageFault) -> RetPf | None:
 def faultin_pfn(mmu: MmuState, fault: PageFault) -> RetPf:
     """Resolve the frame; nothing is locked. The sequence is read first, so that a notifier from here on is noticed.
 
-    Raises OSError: EFAULT for an address user space has not mapped, EHWPOISON for a poisoned page (the thread's SIGBUS).
+    Raises OSError: EFAULT for an address user space has not mapped, EHWPOISON (the SIGBUS) for a poisoned page.
     """
     fault.invalidate_seq = mmu.invalidate.seq
     slot = fault.slot

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from migsim.kvm.host_mm import LEAF_TABLE_PFN_BASE
 from migsim.kvm.leaf_planes import LeafPlanes
 from migsim.kvm.make_spte import make_nonleaf_spte, make_split_spte
+from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.paging import huge_leafs
 from migsim.kvm.roots import Root
@@ -104,6 +105,26 @@ def clear_dirty_range(mmu: MmuState, root: Root, start: int, end: int) -> bool:
         plane = planes.writable if bit == mmu.fmt.writable else planes.dirty
         changed = _clear_range(plane, first, count) or changed
     return changed
+
+
+def clear_dirty_leafs_4k(mmu: MmuState, root: Root, slot: Memslot) -> bool:
+    """Of clear_dirty_range the part that 4K rmaps reach."""
+    planes = root.leaf[slot.id]
+    plane = planes.writable if log_bit(mmu, root, wrprot=False) == mmu.fmt.writable else planes.dirty
+    return _clear_range(plane, 0, slot.npages)
+
+
+def leafs_of(mmu: MmuState, root: Root, slot: Memslot, level: int) -> Iterator[int]:
+    """First gfn of every leaf of `level` in a slot, ascending."""
+    if level > PG_LEVEL_4K:
+        for entries, first, _ in _entries(root, level, slot.base_gfn, slot.end_gfn):
+            yield from (first + int(i) * pages_per_level(level) for i in np.flatnonzero(huge_leafs(mmu.fmt, entries)))
+        return
+    present = root.leaf[slot.id].present
+    for first in range(0, slot.npages, CHUNK_PAGES):
+        words = present.slice_words(first, min(CHUNK_PAGES, slot.npages - first))
+        bits = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        yield from (slot.base_gfn + first + int(i) for i in bits)
 
 
 def split_range(mmu: MmuState, root: Root, start: int, end: int, target_level: int) -> None:
