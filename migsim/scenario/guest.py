@@ -19,7 +19,7 @@ from migsim.scenario.errors import ScenarioError
 from migsim.scenario.fields import duration, share, size, size_or_share, write_rate
 from migsim.units import GIB, MIB, PAGE_SIZE
 
-__all__ = ["BACKING_BYTES", "Backing", "Guest", "Pattern", "Workload", "WorkloadPhase"]
+__all__ = ["BACKING_BYTES", "Backing", "Extent", "Guest", "Pattern", "Rom", "Workload", "WorkloadPhase"]
 
 Pattern = Literal["uniform", "sequential", "hot-cold", "zipf", "idle"]
 Backing = Literal["4K", "2M", "1G"]
@@ -59,6 +59,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
     phases: tuple[WorkloadPhase, ...] = ()
     write_bytes: Annotated[int, size("bytes one write changes (XBZRLE sees them)", ge=1, le=PAGE_SIZE)] = 64
     catch_up: Annotated[bool, Meta(description="writes held up by a throttle are made up for later")] = False
+    running: Annotated[int, duration("how long it has been writing when migrate is issued")] = 0
 
     def __post_init__(self) -> None:
         if self.pattern == "idle":
@@ -87,6 +88,31 @@ class Workload(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
         return Fraction(self.bytes_per_s, PAGE_SIZE)
 
 
+class Extent(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """A run of memory, from `offset` on."""
+
+    offset: Annotated[int, size("from the start of the block")]
+    size: Annotated[int, size("a multiple of the page", ge=PAGE_SIZE)]
+
+    def __post_init__(self) -> None:
+        for name in ("offset", "size"):
+            if getattr(self, name) % PAGE_SIZE:
+                raise ScenarioError(name, f"must be a multiple of {PAGE_SIZE} bytes", value=getattr(self, name))
+
+
+class Rom(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """A RAMBlock beside RAM that the guest only reads: firmware, ACPI tables. Pages outside `data` are zero."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=255, description="RAMBlock idstr, as the stream names it")]
+    size: Annotated[int, size("a multiple of the page", ge=PAGE_SIZE, le=GIB)]
+    data: tuple[Extent, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.size % PAGE_SIZE:
+            raise ScenarioError("size", f"must be a multiple of {PAGE_SIZE} bytes", value=self.size)
+        _check_extents("data", self.data, self.size)
+
+
 class Guest(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     """The machine. `populated`: share of memory ever touched, from the start of RAM. `zero`: share of the pages that
     are all zero, at the end of RAM; untouched pages read as zeros, so it is at least 1 - populated (its default)."""
@@ -100,6 +126,8 @@ class Guest(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fi
     numa_nodes: Annotated[int, Meta(ge=1, le=128)] = 1
     machine: Literal["q35", "pc"] = "q35"
     device_state: Annotated[int, size("state of the devices, sent while stopped", le=64 * GIB)] = 4 * MIB
+    data: Annotated[tuple[Extent, ...] | None, Meta(description="RAM that is not zero; default: all but `zero`")] = None
+    rom: tuple[Rom, ...] = ()
     workload: tuple[Workload, ...] = ()
 
     def __post_init__(self) -> None:
@@ -110,7 +138,12 @@ class Guest(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fi
         if self.memory < self.numa_nodes * PAGE_SIZE:
             raise ScenarioError("numa-nodes", "a node needs at least one page", value=self.numa_nodes)
         untouched = 1 - self.populated_pages / self.pages
-        if self.zero is None:
+        if self.data is not None:
+            _check_extents("data", self.data, self.memory)
+            if self.zero is not None:
+                raise ScenarioError("zero", 'is what "data" leaves out; give one of the two', value=self.zero)
+            force_setattr(self, "zero", 1 - sum(e.size for e in self.data) / self.memory)
+        elif self.zero is None:
             force_setattr(self, "zero", untouched)
         elif self.zero < untouched:
             problem = f"untouched pages read as zeros: with populated = {self.populated} it is at least {untouched:g}"
@@ -131,8 +164,25 @@ class Guest(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fi
 
     @property
     def zero_pages(self) -> int:
-        """All-zero pages when the migration starts: the last ones of RAM."""
+        """All-zero pages of RAM when the migration starts."""
         return round((self.zero or 0.0) * self.pages)
+
+    @property
+    def data_pages(self) -> list[tuple[int, int]]:
+        """Ranges [first, end) of pages that hold data when the migration starts."""
+        if self.data is None:
+            return [(0, self.pages - self.zero_pages)]
+        return [(e.offset // PAGE_SIZE, (e.offset + e.size) // PAGE_SIZE) for e in self.data]
+
+
+def _check_extents(field: str, extents: tuple[Extent, ...], limit: int) -> None:
+    """In order, apart, and inside a block of `limit` bytes."""
+    end = 0
+    for index, extent in enumerate(extents):
+        if extent.offset < end or extent.offset + extent.size > limit:
+            problem = f"must lie after the one before it and inside {in_words(limit, 'size')}"
+            raise ScenarioError(f"{field}.{index}", problem, value=extent.offset)
+        end = extent.offset + extent.size
 
 
 def _placed(guest: Guest) -> Iterator[Workload]:

@@ -23,6 +23,10 @@ class Kvm(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fiel
         Literal["tdp", "tdp-5.10", "shadow"],
         Meta(description="tdp: of today; tdp-5.10: as first merged; shadow: before it, and without EPT/NPT"),
     ] = "tdp"
+    accel: Annotated[
+        Literal["kvm", "tcg"],
+        Meta(description="tcg: QEMU emulates the guest; dirty tracking is re-armed at the sync, there is no CLEAR"),
+    ] = "kvm"
     vendor: Literal["intel", "amd"] = "intel"
     pml: Annotated[bool, Meta(description="page-modification logging; Intel only, ignored on AMD")] = True
     eager_page_split: bool = True
@@ -38,6 +42,13 @@ class Kvm(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fiel
         if ring and (ring < _RING_MIN or ring & (ring - 1)):
             problem = f"must be 0 (bitmap) or a power of two from {_RING_MIN} to {_RING_MAX}"
             raise ScenarioError("dirty-ring-size", problem, value=ring)
+        if self.accel == "tcg" and ring:
+            raise ScenarioError("dirty-ring-size", 'is KVM\'s; accel = "tcg" has none', value=ring)
+
+    @property
+    def lazy_clear(self) -> bool:
+        """Does QEMU re-arm tracking chunk by chunk, just before it sends (KVM's manual protection)?"""
+        return self.accel == "kvm" and self.manual_dirty_log_protect != "off"
 
 
 class LinkPhase(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from real_qemu import QEMU, RealQemu
 
 from migsim.migration import capabilities, parameters
 from migsim.migration.parameters import QmpError
@@ -19,23 +17,13 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def qemu() -> Iterator[RealQemu]:
-    if QEMU is None:
-        pytest.skip("no qemu-system-x86_64; tools/system-deps installs it")
-    with RealQemu() as real:
-        if real.version() != "7.2":
-            pytest.skip(f"compat 7.2 is compared with QEMU 7.2, this is {real.version()}")
-        yield real
-
-
-def test_a_fresh_qemu_7_2_reports_exactly_these_parameters_and_capabilities(qemu: RealQemu) -> None:
+def test_a_fresh_qemu_7_2_reports_exactly_these_parameters_and_capabilities(qemu: Any) -> None:
     assert parameters.reply(parameters.defaults("7.2")) == qemu.answer("query-migrate-parameters")["return"]
     assert capabilities.reply((), "7.2") == qemu.answer("query-migrate-capabilities")["return"]
 
 
 @pytest.mark.parametrize("name", [*parameters.PARAMETERS, "bogus"])
-def test_every_parameter_takes_and_refuses_what_qemu_7_2_does_in_its_words(qemu: RealQemu, name: str) -> None:
+def test_every_parameter_takes_and_refuses_what_qemu_7_2_does_in_its_words(qemu: Any, name: str) -> None:
     if name == "block-bitmap-mapping":
         pytest.skip("takes node names, which this machine has not")
     fresh = qemu.answer("query-migrate-parameters")["return"]
@@ -51,7 +39,7 @@ def test_every_parameter_takes_and_refuses_what_qemu_7_2_does_in_its_words(qemu:
         qemu.answer("migrate-set-parameters", **fresh)
 
 
-def test_every_pair_of_capabilities_is_taken_or_refused_as_qemu_7_2_does(qemu: RealQemu) -> None:
+def test_every_pair_of_capabilities_is_taken_or_refused_as_qemu_7_2_does(qemu: Any) -> None:
     names = capabilities.capabilities_of("7.2")
     off = [{"capability": name, "state": False} for name in names]
     for pair in itertools.combinations(names, 2):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
+
+import pytest
 
 QEMU = shutil.which("qemu-system-x86_64")
 
@@ -43,3 +46,14 @@ class RealQemu:
             message: dict[str, Any] = json.loads(self._process.stdout.readline())
             if "event" not in message:
                 return message
+
+
+@pytest.fixture(scope="session")
+def qemu() -> Iterator[RealQemu]:
+    """A QEMU 7.2, which compat = "7.2" is compared with."""
+    if QEMU is None:
+        pytest.skip("no qemu-system-x86_64; tools/system-deps installs it")
+    with RealQemu() as real:
+        if real.version() != "7.2":
+            pytest.skip(f"compat 7.2 is compared with QEMU 7.2, this is {real.version()}")
+        yield real
