@@ -1,0 +1,45 @@
+"""What KVM's side of a migration costs the thread that asks for it: enable, GET, CLEAR, each under its lock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from migsim.perf.memstress import Counts
+from migsim.perf.profile import HostProfile
+from migsim.perf.rules import Rules
+
+__all__ = ["ClearCost", "clear_cost", "enable_ns", "price"]
+
+
+@dataclass(frozen=True)
+class ClearCost:
+    """KVM_CLEAR_DIRTY_LOG: ns a call (kick, flush), ns for each page it re-arms, ns for each table it splits."""
+
+    call_ns: float
+    page_ns: float
+    table_ns: float
+
+    def held_ns(self, calls: float, pages: float, tables: float = 0.0) -> float:
+        """How long mmu_lock is held for write: all but the flush, which comes after the unlock."""
+        return pages * self.page_ns + tables * self.table_ns
+
+
+def price(counts: Counts, host: HostProfile) -> float:
+    """ns of counted operations on one thread."""
+    return sum(n * host.ns(op) for op, n in counts.items())
+
+
+def clear_cost(rules: Rules, host: HostProfile, vcpus: int, *, pml: bool) -> ClearCost:
+    """The cost of CLEAR under `rules`: through rmaps, or 64 pages a walk from the root."""
+    call = host.ns("tlb-flush") + vcpus * (host.ns("tlb-flush-vcpu") + (host.ns("vcpu-kick") if pml else 0.0))
+    word = host.ns("bitmap-word") / 64
+    if rules.rmap:
+        return ClearCost(call, word + host.ns("rmap-mask-change"), host.ns("split-table"))
+    page = host.ns("spte-clear-dirty" if pml else "spte-wrprot") + host.ns("mmu-walk-word") / 64 + word
+    page += host.ns("pfn-set-dirty") if rules.sets_page_dirty else 0.0
+    return ClearCost(call, page, host.ns("split-table"))
+
+
+def enable_ns(counts: Counts, host: HostProfile) -> int:
+    """Time of KVM_MEM_LOG_DIRTY_PAGES on every slot, from the counts of `Memstress.enable`."""
+    return round(price(counts, host))
