@@ -268,7 +268,7 @@ class MemoryRegions:
             return
         initially_set = self.initially_set()
         self._vm.mmu.slot_enable_log(slot, initially_set)
-        if not initially_set:
+        if not initially_set or self._vm.mmu.state.vintage.protects_huge_at_enable:
             self.flush_after_enable(slot)
 
     def flush_after_enable(self, slot: Memslot) -> None:

@@ -21,12 +21,14 @@ from migsim.kvm.uapi import (
     KVM_EXIT_HLT,
     KVM_EXIT_INTR,
     KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN,
     MSR_KVM_SYSTEM_TIME_NEW,
     kvm_error,
 )
 from migsim.units import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
+    from migsim.kvm.nested import NestedGuest
     from migsim.kvm.roots import Root
     from migsim.kvm.vm import Vm
 
@@ -75,6 +77,7 @@ class Vcpu:
         self.id = id
         self.smm = False
         self.guest_mode = False
+        self.l2: NestedGuest | None = None
         self.root: Root | None = None
         self._root_mode = (False, False)
         self.tlb = Tlb()
@@ -82,6 +85,7 @@ class Vcpu:
         self.dirty_ring = ring
         self._ring_view = RingView(ring.entries) if ring is not None else None
         self._pml_update_deferred = False
+        self._flushes_before = vm.stats.remote_tlb_flush_requests
         self._system_time_gpa: int | None = None
         self._clock_update = False
         self._clock_version = 0
@@ -105,8 +109,8 @@ class Vcpu:
 
         Stops early with KVM_EXIT_MMIO for an address outside every slot or a store to a READONLY one (that operation
         does not count as done), KVM_EXIT_DIRTY_RING_FULL at guest entry, KVM_EXIT_INTR where an interleaved vCPU would
-        have to wait for the one inside. Raises OSError EFAULT for memory the host cannot reach, ValueError for an
-        operation that crosses a page.
+        have to wait for the one inside, KVM_EXIT_SHUTDOWN for a fault of L2 that L1 would have to take. Raises OSError
+        EFAULT for memory the host cannot reach, ValueError for an operation that crosses a page.
         """
         check_ops(ops)
         done, loaded = 0, []
@@ -165,12 +169,12 @@ class Vcpu:
         pfn = self.translate(gpa, write=kind != "r")
         offset = gpa % PAGE_SIZE
         if pfn is None:
-            return self.emulate(op)
+            return self.emulate((kind, self.l1_gpa(gpa), value))
         memory = self.vm.memory
         if kind == "r":
             return memory.load(pfn, offset)
         memory.store(pfn, offset, value if kind == "w" else memory.load(pfn, offset) + value & _U32)
-        self.vm.stored(self, gpa >> PAGE_SHIFT)
+        self.vm.stored(self, self.l1_gpa(gpa) >> PAGE_SHIFT)
         return None
 
     def translate(self, gpa: int, *, write: bool) -> int | None:
@@ -190,10 +194,10 @@ class Vcpu:
     def cpu_access(self, gpa: int, write: bool) -> int | None:
         """Steps 1 and 2: the host frame, or None: the access faults."""
         gfn, root = gpa >> PAGE_SHIFT, self.load_root()
-        cached = self.tlb.lookup(root, gfn)
+        cached = self.tlb.lookup(self.l2 or root, gfn)
         if cached is not None and (not write or cached.silent_store):
             return cached.pfn_of(gfn)
-        return self.page_walk(root, gpa, write)
+        return self.page_walk(root, gpa, write) if self.l2 is None else self.page_walk_l2(self.l2, gfn, write)
 
     def page_walk(self, root: Root, gpa: int, write: bool) -> int | None:
         """The CPU's walk: permission first, then A, then for a store D with its PML entry; then the TLB is filled."""
@@ -215,6 +219,25 @@ class Vcpu:
         self.tlb.insert(root, found)
         return found.pfn_of(gfn)
 
+    def page_walk_l2(self, l2: NestedGuest, gfn: int, write: bool) -> int | None:
+        """The walk of the shadow pages of L2. Stores are found by W there: D is of no use, nor is PML."""
+        fmt = self.vm.mmu.fmt
+        spte, level = l2.walk(gfn)
+        if not fmt.is_present(spte) or not fmt.allows(spte, write=write, exec=False):
+            self.tlb.invalidate(l2, gfn)
+            return None
+        base = gfn & -(1 << 9 * (level - 1))
+        found = Translation(base, level, fmt.pfn(spte), fmt.is_writable(spte), dirty=True)
+        self.tlb.insert(l2, found)
+        return found.pfn_of(gfn)
+
+    def l1_gpa(self, gpa: int) -> int:
+        """Where an access of the running guest lies in L1's memory."""
+        walked = self.l2.walk_guest(gpa >> PAGE_SHIFT) if self.l2 is not None else None
+        if walked is None:
+            return gpa
+        return (walked.pte.gfn << PAGE_SHIFT) + gpa % (1 << PAGE_SHIFT + 9 * (walked.level - 1))
+
     def log_to_pml(self, gpa: int) -> None:
         """The CPU is about to set D: log the page, after an exit if the buffer is full."""
         if not self.pml.enabled or self.pml_off_for_l2():
@@ -234,7 +257,12 @@ class Vcpu:
         """Step 3: exit, drain, handle. Raises OSError EFAULT if the host has no page there."""
         self.exit_guest()
         try:
-            return self.vm.mmu.page_fault(self, gpa, write=write)
+            if self.l2 is None:
+                return self.vm.mmu.page_fault(self, gpa, write=write)
+            result = self.l2.page_fault(self, gpa >> PAGE_SHIFT, write=write)
+            if result == RetPf.INVALID:  # L1's tables forbid it: L1's fault, and there is no L1 code to take it
+                raise _Stop(KVM_EXIT_SHUTDOWN)
+            return result
         except WouldBlock:
             if not self.vm.interleaved:
                 raise
@@ -262,14 +290,17 @@ class Vcpu:
             self.flush_pml_buffer()
             self.pml.enabled = self.vm.pml_enabled and self.vm.regions.nr_memslots_dirty_logging > 0
 
-    def enter_guest_mode(self) -> None:
-        """VMLAUNCH by L1. The exit that brought us here has drained the buffer."""
+    def enter_guest_mode(self, l2: NestedGuest | None = None) -> None:
+        """VMLAUNCH by L1: from now on `run` is L2's, with gpas as `l2`'s tables map them (None: L1 uses no EPT).
+
+        The exit that brought us here has drained the buffer.
+        """
         self.flush_pml_buffer()
-        self.guest_mode = True
+        self.guest_mode, self.l2 = True, l2
 
     def leave_guest_mode(self) -> None:
         """A nested VM exit: back to L1, whose dirty logging controls may have to be updated."""
-        self.guest_mode = False
+        self.guest_mode, self.l2 = False, None
         if self._pml_update_deferred:
             self.update_cpu_dirty_logging()
 
@@ -337,7 +368,9 @@ class Vcpu:
 
     def stats_read(self) -> dict[str, int]:
         """This vCPU's statistics under KVM's names."""
-        return self.vm.stats.read_vcpu(self.id)
+        values = self.vm.stats.read_vcpu(self.id)
+        values["tlb_flush"] += self.vm.stats.remote_tlb_flush_requests - self._flushes_before
+        return values
 
 
 def check_ops(ops: Sequence[Op]) -> None:

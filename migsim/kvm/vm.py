@@ -13,6 +13,7 @@ from errno import EEXIST, EINVAL, EIO
 from types import TracebackType
 from typing import Any, Final
 
+from migsim.kvm.bulk_log import BulkKernel
 from migsim.kvm.caps import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, Caps, reserved_entries
 from migsim.kvm.config import VmConfig
 from migsim.kvm.dirty_log import DirtyLog, LogKernel, UserBitmap, WordKernel
@@ -48,7 +49,7 @@ class Vm:
     (lazy writers deliver); `race_hook(point)` is called where the kernel lets others run, so that a test can put
     stores there; `signal_pending()` interrupts long ioctls; `store_hook(vcpu, slot, gfn)` sees every store a guest
     completes; `trace_sink(name, fields)`; `meter`.
-    `bulk`: slots that begin on a 2 MiB boundary use the word-parallel kernels of bulk.py.
+    `bulk`: large slots that begin on a 2 MiB boundary have their log handled chunk by chunk (bulk_log.py).
     """
 
     def __init__(self, config: VmConfig = _DEFAULT_CONFIG, *, bulk: bool = True, meter: Meter | None = None) -> None:
@@ -80,7 +81,8 @@ class Vm:
         self.dirty_log = DirtyLog(self)
         self.dirty_rings = DirtyRings(self)
         self.access = GuestAccess(self)
-        self.word_kernel: LogKernel = WordKernel(self)
+        self.word_kernel = WordKernel(self)
+        self.bulk_kernel = BulkKernel(self)
 
     # -- ioctls ------------------------------------------------------------------------------------------------------
 
@@ -145,11 +147,8 @@ class Vm:
             raise kvm_error(EIO, "the VM is dead")
 
     def run_together(self, work: Mapping[Vcpu, Sequence[Op]]) -> dict[Vcpu, Exit]:
-        """Each vCPU runs its operations, turn by turn, one operation each; a legal order of running them at once."""
-        progress: dict[Vcpu, Exit] = {}
-        for vcpu, ops in work.items():
-            progress[vcpu] = vcpu.run(ops)
-        return progress
+        """One vCPU after the other: a legal order of what real ones do at once."""
+        return {vcpu: vcpu.run(ops) for vcpu, ops in work.items()}
 
     # -- the VMM's own memory (see UserMemory) -----------------------------------------------------------------------
 
@@ -188,7 +187,7 @@ class Vm:
     @property
     def mmu_lock(self) -> MmuLock:
         """The MMU's lock."""
-        return self.mmu.state.lock
+        return self.mmu.lock
 
     def memslots(self, as_id: int) -> Memslots:
         """One address space's slots."""
@@ -227,9 +226,9 @@ class Vm:
         self.stats.remote_tlb_flush_requests += 1
         self.stats.remote_tlb_flush += bool(self.vcpus)
         self.meter.count("remote_tlb_flush")
+        self.stats.tlb_flush += len(self.vcpus)
         for vcpu in self.vcpus:
             vcpu.tlb.flush()
-            vcpu.count("tlb_flush")
 
     def flush_remote_tlbs_memslot(self, slot: Memslot) -> None:
         """x86 has no ranged flush outside Hyper-V: everything goes."""
@@ -248,11 +247,12 @@ class Vm:
         """kvm_arch_sync_dirty_log: with PML every vCPU must exit, which drains its buffer."""
         if self.pml_enabled:
             for vcpu in self.vcpus:
-                vcpu.kick()
+                if len(vcpu.pml):
+                    vcpu.kick()
 
     def log_kernel(self, slot: Memslot) -> LogKernel:
-        """The loops over a slot's log: word-parallel where the slot allows, else one page after the other."""
-        return self.word_kernel
+        """The loops over a slot's log: chunk by chunk where the slot allows, else one word after the other."""
+        return self.bulk_kernel if self._bulk and self.bulk_kernel.suits(slot) else self.word_kernel
 
     def trace(self, name: str, **fields: Any) -> None:
         """A tracepoint of KVM; nothing unless a sink is set."""
@@ -298,7 +298,7 @@ class Vm:
 
     def invariants(self) -> list[str]:
         """Everything that must hold between two calls (kvm's and the log's); one sentence for each violation."""
-        return log_violations(self)
+        return [*self.mmu.invariants(), *log_violations(self)]
 
     def close(self) -> None:
         """Destroy the VM. Idempotent. Raises AssertionError if a page table or a reference is left over."""
@@ -307,7 +307,8 @@ class Vm:
         self._closed = True
         for vcpu in self.vcpus:
             vcpu.destroy()
-        self.mmu.pre_destroy()
+        leaks = self.mmu.pre_destroy()
+        assert not leaks, "; ".join(leaks)
 
     def __enter__(self) -> Vm:
         return self
