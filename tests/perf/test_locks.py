@@ -85,9 +85,7 @@ def test_one_station_is_the_machine_repairman(service: float, think: float, cust
 
 @given(services=st.lists(_NS, min_size=1, max_size=2), think=_NS, customers=st.integers(1, 400))
 @settings(max_examples=40, deadline=None)
-def test_one_more_customer_never_lowers_throughput(
-    services: list[float], think: float, customers: int
-) -> None:
+def test_one_more_customer_never_lowers_throughput(services: list[float], think: float, customers: int) -> None:
     few, more = solve(services, think, customers), solve(services, think, customers + 1)
     assert more.throughput >= few.throughput * (1 - 1e-12)
     assert more.waiting_ns(0) >= few.waiting_ns(0) - 1e-6
