@@ -42,7 +42,7 @@ class Plane:
     of the chunk is set and the chunk's words mean nothing. Bits beyond n are never set.
     """
 
-    __slots__ = ("n", "words", "full")
+    __slots__ = ("full", "n", "words")
 
     def __init__(self, n_pages: int, ones: bool = False) -> None:
         if n_pages <= 0:
@@ -116,7 +116,7 @@ class Plane:
 
         Bits beyond `count` are zero.
         """
-        assert first % WORD_BITS == 0 and 0 <= first and first + count <= self.n, (first, count, self.n)
+        assert first % WORD_BITS == 0 and first >= 0 and first + count <= self.n, (first, count, self.n)
         start, stop = first >> 6, (first >> 6) + words_of(count)
         out = np.array(self.words[start:stop])
         for chunk in range(first // CHUNK_PAGES, chunks_of(first + count)):
@@ -129,7 +129,7 @@ class Plane:
 
     def set_range(self, first: int, count: int) -> None:
         """Set pages [first, first + count); whole chunks become lazy."""
-        assert 0 <= first and first + count <= self.n, (first, count, self.n)
+        assert first >= 0 and first + count <= self.n, (first, count, self.n)
         page, end = first, first + count
         while page < end:
             chunk = page // CHUNK_PAGES
@@ -143,7 +143,7 @@ class Plane:
 
     def clear_range(self, first: int, count: int) -> None:
         """Clear pages [first, first + count)."""
-        assert 0 <= first and first + count <= self.n, (first, count, self.n)
+        assert first >= 0 and first + count <= self.n, (first, count, self.n)
         self.settle_range(first, count)
         if count:
             _fill_words(self.words, first, first + count, False)

@@ -1,0 +1,276 @@
+"""A 12 TiB guest's RAM in a couple of visits a chunk: `Ram` with its loops fused over KVM, guest and QEMU.
+
+The readable form is migration.ram over kvm.vm: observe, GET, merge; CLEAR, clear the bit, read the page. Here the same
+steps, in the same order, run chunk by chunk inside numba, so that a chunk's planes are in the cache for all of them.
+It sits above both sides because it has to see both; nothing it does could not be done through the ioctls, and a test
+holds its results equal to theirs, byte for byte. What the kernels cannot do in bulk they hand back: a chunk to split,
+a phase of the workload that begins, a store to a page that is not mapped at 4K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+
+from migsim.fused_kernels import (
+    BITS,
+    CLEAR_CALLS,
+    FIRST_LOST,
+    LOST,
+    NEED_CLOCK,
+    NEED_SPLIT,
+    NEED_STORES,
+    NEW,
+    NOW_NS,
+    REARMED_PAGES,
+    RESULTS_LEN,
+    BlockView,
+    Costs,
+    Ints,
+    SlotView,
+    Streams,
+    harvest_chunk,
+    send_pages,
+    sync_chunks,
+)
+from migsim.guest.memory import RamBlock
+from migsim.guest.workload import Workload
+from migsim.kvm.bulk import COUNTS_LEN
+from migsim.migration.ram import BlockState, KvmSlot, Ram, Saved, SaveLimits
+from migsim.migration.ram_kernels import DUPLICATE, ELAPSED_PS, END_OF_SPAN, NORMAL, STATE_LEN, USED
+from migsim.planes import Plane, Words
+from migsim.units import CHUNK_PAGES, CHUNK_WORDS, chunks_of
+
+NEVER_NS = 1 << 62
+
+
+class LoggedSlot(Protocol):
+    """What of KVM's side of one memslot the fused loops work on: planes over its pages."""
+
+    log: Plane
+    writable: Plane
+    dirty: Plane
+    present: Plane
+    tabled: np.ndarray[tuple[int], np.dtype[np.uint8]]
+    pml: bool
+
+    def split(self, chunk: int) -> None:
+        """Split every huge leaf of a chunk of the slot to 4K (eager page splitting inside CLEAR)."""
+
+    def store(self, page: int) -> None:
+        """A guest store to one page of the slot, the long way."""
+
+    def count(self, counts: Ints) -> None:
+        """Add the kernels' counts to KVM's statistics."""
+
+
+@dataclass
+class Extent:
+    """One memslot's part of a block, pages [first, end) of it, seen from both sides."""
+
+    kvm: LoggedSlot
+    slot: SlotView
+    block: BlockView
+    first: int
+    end: int
+
+
+class FusedRam(Ram):
+    """`Ram` of a big guest. Same arguments, and KVM's planes (`kvm_slots[b][k]`), the workload and threads besides."""
+
+    def __init__(
+        self,
+        base: Ram,
+        kvm_slots: Callable[[], Sequence[Sequence[LoggedSlot]]],
+        workload: Workload,
+        now_ns: Callable[[], int],
+        threads: int,
+        verify: bool,
+    ) -> None:
+        super().__init__(
+            base.memory, base.kvm, [[s.id for s in state.slots] for state in base.blocks], base.costs,
+            base.lazy_clear, base.tick, with_bitmaps=False,
+        )  # fmt: skip
+        self.workload, self.call_ns, self.threads = workload, now_ns, threads
+        self.results = np.zeros(RESULTS_LEN, dtype=np.int64)
+        self.results[FIRST_LOST] = -1
+        w = workload
+        self.streams = Streams(w.law, w.first, w.end, w.clock, w.rate, w.seen, w.visits, w.seed_key)
+        self._kvm_slots, self._verify = kvm_slots, verify
+        self._extents: list[list[Extent]] = []
+        self.scratch = [(_buffer(), _buffer()) for _ in range(threads)]
+        self.lock = Lock()
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    @property
+    def extents(self) -> list[list[Extent]]:
+        """By block; the log's planes exist once logging has started, so they are looked up at the first sync."""
+        if not self._extents:
+            sides = zip(self.blocks, self._kvm_slots(), strict=True)
+            self._extents = [
+                [self._extent(state, at, kvm) for at, kvm in zip(state.slots, side, strict=True)] for state, side in sides
+            ]
+        return self._extents
+
+    def _extent(self, state: BlockState, at: KvmSlot, kvm: LoggedSlot) -> Extent:
+        first, pages, verify = at.first, at.pages, self._verify
+        assert first % CHUNK_PAGES == 0, "a memslot that starts inside a chunk needs the readable Ram"
+        block, bmap = state.block, state.bmap
+        truth = block.stale if verify else bmap
+        known = Plane(pages)
+        slot = SlotView(
+            pages, first // CHUNK_PAGES, kvm.log.words, kvm.log.full, kvm.writable.words, kvm.writable.full,
+            kvm.dirty.words, kvm.dirty.full, kvm.present.words, kvm.present.full, kvm.tabled, known.words, known.full,
+            kvm.pml, self.lazy_clear,
+        )  # fmt: skip
+        view = BlockView(
+            block.pages, block.first_page, block.first_chunk, bmap.words, bmap.full, state.clear_bmap,
+            truth.words, truth.full, block.zero.words, block.zero.full, _any_zero(block), verify,
+        )  # fmt: skip
+        return Extent(kvm, slot, view, first, first + pages)
+
+    def costs_now(self) -> Costs:
+        """The kernels' form of the costs in force."""
+        c = self.costs
+        return Costs(
+            c.normal_ps, c.zero_ps, c.word_ps, c.clear_ps, c.clear_page_ps, c.normal_bytes, c.zero_bytes
+        )
+
+    # -- sync --------------------------------------------------------------------------------------------------------
+
+    def sync(self) -> int:
+        """Every slot's GET and merge, chunk by chunk, over the threads; results do not depend on how many."""
+        before = int(self.results[NEW])
+        for side in self.extents:
+            for extent in side:
+                first, end = extent.first // CHUNK_PAGES, chunks_of(extent.end)
+                edges = [first + (end - first) * i // self.threads for i in range(self.threads + 1)]
+                jobs: list[Future[tuple[Ints, Ints]]] = []
+                if self.pool is not None:
+                    jobs = [
+                        self.pool.submit(self._sync_part, extent, edges[i], edges[i + 1], i)
+                        for i in range(self.threads)
+                    ]
+                parts = [job.result() for job in jobs] or [self._sync_part(extent, first, end, 0)]
+                for counts, results in parts:
+                    self._add(extent, counts, results)
+        new = int(self.results[NEW]) - before
+        self.dirty_pages += new
+        return new
+
+    def _sync_part(self, extent: Extent, begin: int, end: int, thread: int) -> tuple[Ints, Ints]:
+        counts, results = np.zeros(COUNTS_LEN, dtype=np.int64), _results()
+        hits, scratch = self.scratch[thread]
+        while begin < end:
+            begin = int(
+                sync_chunks(
+                    begin, end, self.streams, extent.slot, extent.block, hits, scratch, counts, results
+                )
+            )
+            if begin < end:
+                self._store_hits(extent, begin, hits)
+                harvest_chunk(begin, extent.slot, extent.block, results)
+                begin += 1
+        return counts, results
+
+    def _add(self, extent: Extent, counts: Ints, results: Ints) -> None:
+        extent.kvm.count(counts)
+        first_lost = self.results[FIRST_LOST]
+        self.results += results
+        found = results[FIRST_LOST]
+        self.results[FIRST_LOST] = first_lost if first_lost >= 0 else found
+        self.rearmed_pages, self.clear_calls = int(self.results[REARMED_PAGES]), int(self.results[CLEAR_CALLS])
+
+    def _store_hits(self, extent: Extent, chunk: int, hits: Words) -> None:
+        base = chunk * CHUNK_PAGES - extent.first
+        with self.lock:  # the long way counts in Python objects
+            self._store_each(extent, base, hits, chunk)
+
+    def _store_each(self, extent: Extent, base: int, hits: Words, chunk: int) -> None:
+        for word in map(int, np.flatnonzero(hits[: _chunk_words(extent.block.pages, chunk)])):
+            bits = int(hits[word])
+            while bits:
+                low = bits & -bits
+                extent.kvm.store(base + (word << 6) + low.bit_length() - 1)
+                bits ^= low
+
+    # -- save --------------------------------------------------------------------------------------------------------
+
+    def save(self, limits: SaveLimits) -> Saved:
+        """As Ram.save."""
+        state, start = np.zeros(STATE_LEN, dtype=np.int64), self.call_ns()
+        why = END_OF_SPAN
+        while self.dirty_pages and why == END_OF_SPAN:
+            extent = next((e for e in self.extents[self.block_index] if e.first <= self.page < e.end), None)
+            before = state[NORMAL] + state[DUPLICATE]
+            why = self._send_plain(state, limits) if extent is None else self._send(extent, limits, start, state)
+            self.dirty_pages -= int(state[NORMAL] + state[DUPLICATE] - before) if extent is not None else 0
+            if self.page >= self.blocks[self.block_index].block.pages:
+                self.block_index, self.page = (self.block_index + 1) % len(self.blocks), 0
+        return Saved(int(state[NORMAL]), int(state[DUPLICATE]), int(state[USED]), int(state[ELAPSED_PS]), why)
+
+    def _send(self, extent: Extent, limits: SaveLimits, start_ns: int, state: Ints) -> int:
+        counts, results = np.zeros(COUNTS_LEN, dtype=np.int64), _results()
+        hits, scratch = self.scratch[0]
+        while True:
+            results[NOW_NS] = self.workload.now_ns
+            change = self.workload.next_change_ns()
+            page, why = send_pages(
+                self.page, extent.end, start_ns, NEVER_NS if change is None else change, limits.bytes, limits.ps,
+                self.streams, extent.slot, extent.block, self.costs_now(), hits, scratch, state, counts, results,
+            )  # fmt: skip
+            self.page = int(page)
+            self.workload.now_ns = int(results[NOW_NS])
+            if why == NEED_SPLIT:
+                extent.kvm.split((self.page - extent.first) // CHUNK_PAGES)
+            elif why == NEED_CLOCK:
+                self.tick(int(state[ELAPSED_PS]))
+            elif why == NEED_STORES:
+                self._store_hits(extent, self.page // CHUNK_PAGES, hits)
+            else:
+                break
+        results[NOW_NS] = 0
+        self._add(extent, counts, results)
+        return int(why)
+
+    def _send_plain(self, state: Ints, limits: SaveLimits) -> int:
+        """Pages of a block KVM does not log (firmware): as Ram does."""
+        return self._save_next(state, limits)
+
+    # -- the oracle --------------------------------------------------------------------------------------------------
+
+    def lost(self) -> tuple[int, int]:
+        """(pages found lost at a sync so far, one of them or -1)."""
+        return int(self.results[LOST]), int(self.results[FIRST_LOST])
+
+    @property
+    def bits_verified(self) -> int:
+        """Bits of the log held against the ground truth so far."""
+        return int(self.results[BITS])
+
+
+def _buffer() -> Words:
+    return np.zeros(CHUNK_WORDS, dtype=np.uint64)
+
+
+def _results() -> Ints:
+    results = np.zeros(RESULTS_LEN, dtype=np.int64)
+    results[FIRST_LOST] = -1
+    return results
+
+
+def _chunk_words(pages: int, chunk: int) -> int:
+    return (min(CHUNK_PAGES, pages - chunk * CHUNK_PAGES) + 63) >> 6
+
+
+def _any_zero(block: RamBlock) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """uint8[chunks]: may a page of the chunk be zero?"""
+    out = block.zero.full.copy()
+    for chunk in np.flatnonzero(out == 0):
+        out[chunk] = block.zero.words[block.zero.chunk_words(int(chunk))].any()
+    return out

@@ -1,0 +1,300 @@
+"""The fused kernels: guest, KVM and QEMU's bitmaps of one chunk in one visit. Driven by migsim.fused.
+
+Each function strings the kernels of guest.catch_up, kvm.bulk and migration.ram_kernels together in the order the
+ioctls would; those hold the rules. Lazy all-ones chunks are settled on the way in.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from migsim.guest.catch_up import draw_hits, write_words
+from migsim.kvm.bulk import REARMED, rearm, store_mapped, store_mapped_pml, store_writable_pml
+from migsim.migration.ram_kernels import ELAPSED_PS, END_OF_SPAN, must_stop, next_dirty, save_span
+from migsim.planes import Flags, Words
+from migsim.units import CHUNK_PAGES, CHUNK_WORDS
+from migsim.words import ZERO, popcount, settle_chunk, zero_chunk
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+# Why a kernel came back, beyond ram_kernels' reasons.
+NEED_SPLIT, NEED_CLOCK, NEED_STORES = 10, 11, 12
+
+# Indices into the int64 results of a kernel.
+NEW, LOST, FIRST_LOST, BITS, REARMED_PAGES, CLEAR_CALLS, NOW_NS = range(7)
+RESULTS_LEN = 7
+
+
+class Streams(NamedTuple):
+    """The workload's arrays (guest.workload.Workload)."""
+
+    law: Ints
+    first: Ints
+    end: Ints
+    clock: Floats
+    rate: Floats
+    seen: Floats
+    visits: NDArray[np.uint32]
+    seed_key: np.uint64
+
+
+class SlotView(NamedTuple):
+    """One memslot: KVM's planes and QEMU's copy of the last GET. `offset`: the slot's first chunk in its block."""
+
+    pages: int
+    offset: int
+    log: Words
+    log_full: Flags
+    writable: Words
+    writable_full: Flags
+    dirty: Words
+    dirty_full: Flags
+    present: Words
+    present_full: Flags
+    tabled: Flags  # the chunk has no huge leaf any more: its planes tell everything
+    known: Words
+    known_full: Flags
+    pml: bool
+    manual: bool  # GET only copies; without manual protection it takes the bits and protects at once
+
+
+class BlockView(NamedTuple):
+    """One RAM block: QEMU's bitmaps and the ground truth. Without the oracle `stale` is `bmap` itself."""
+
+    pages: int
+    first_page: int
+    first_chunk: int
+    bmap: Words
+    bmap_full: Flags
+    clear_bmap: Flags
+    stale: Words
+    stale_full: Flags
+    zero: Words
+    zero_full: Flags
+    zero_any: Flags
+    verify: bool
+
+
+class Costs(NamedTuple):
+    """migration.ram.SaveCosts for the kernels."""
+
+    normal_ps: int
+    zero_ps: int
+    word_ps: int
+    clear_ps: int
+    clear_page_ps: int
+    normal_bytes: int
+    zero_bytes: int
+
+
+@njit(cache=True, nogil=True)
+def catch_up_chunk(
+    chunk: int, streams: Streams, slot: SlotView, block: BlockView, hits: Words, scratch: Words, counts: Ints
+) -> bool:
+    """Let the guest's writes to a chunk of the block happen. False: `hits` must be stored page by page."""
+    unit = block.first_chunk + chunk
+    base = chunk * CHUNK_PAGES
+    pages = min(CHUNK_PAGES, block.pages - base)
+    sc = chunk - slot.offset
+    if slot.log_full[sc] and block.stale_full[chunk] and not block.zero_any[chunk]:
+        streams.seen[unit, :] = streams.clock  # all marked, unprotected and stale: no write can change a thing
+        return True
+    if not draw_hits(
+        hits, scratch, block.first_page + base, pages, unit, streams.law, streams.first, streams.end, streams.clock,
+        streams.seen[unit], streams.visits, streams.seed_key,
+    ):  # fmt: skip
+        return True
+    w0, n_words = chunk * CHUNK_WORDS, (pages + 63) >> 6
+    if block.verify:
+        settle_chunk(block.stale, block.stale_full, chunk, block.pages)
+        if block.zero_any[chunk]:
+            settle_chunk(block.zero, block.zero_full, chunk, block.pages)
+        write_words(hits, block.stale, block.zero, block.zero_any[chunk] != 0, w0, n_words)
+    elif block.zero_any[chunk]:
+        settle_chunk(block.zero, block.zero_full, chunk, block.pages)
+        for i in range(n_words):
+            block.zero[w0 + i] &= ~hits[i]
+    if slot.log_full[sc]:
+        return True
+    return slot.tabled[sc] != 0 and _store_chunk(sc, n_words, slot, hits, counts)
+
+
+@njit(cache=True, nogil=True)
+def _store_chunk(sc: int, n_words: int, slot: SlotView, hits: Words, counts: Ints) -> bool:
+    """Push `hits` through the MMU; False if one of them is not mapped (nothing is done then)."""
+    w0 = sc * CHUNK_WORDS
+    if slot.present_full[sc] == 0:
+        for i in range(n_words):
+            if hits[i] & ~slot.present[w0 + i]:
+                return False
+    settle_chunk(slot.log, slot.log_full, sc, slot.pages)
+    if slot.pml:
+        settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
+        if slot.writable_full[sc]:
+            store_writable_pml(hits, slot.log, slot.dirty, w0, n_words, counts)
+            return True
+        settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
+        store_mapped_pml(hits, slot.log, slot.writable, slot.dirty, w0, n_words, counts)
+    else:
+        settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
+        store_mapped(hits, slot.log, slot.writable, w0, n_words, counts)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def harvest_chunk(chunk: int, slot: SlotView, block: BlockView, results: Ints) -> None:
+    """GET of one chunk into `known`, merged into the block's bitmap at once; with the oracle, law 1 checked."""
+    sc = chunk - slot.offset
+    w0, s0 = chunk * CHUNK_WORDS, sc * CHUNK_WORDS
+    pages = min(CHUNK_PAGES, block.pages - chunk * CHUNK_PAGES)
+    n_words = (pages + 63) >> 6
+    block.clear_bmap[chunk] = slot.manual
+    results[BITS] += pages
+    if slot.log_full[sc] and slot.manual:
+        slot.known_full[sc] = 1
+        if block.bmap_full[chunk] == 0:
+            have = ZERO
+            for i in range(n_words):
+                have += popcount(block.bmap[w0 + i])
+            results[NEW] += pages - np.int64(have)
+            block.bmap_full[chunk] = 1
+            if not block.verify:
+                block.stale_full[chunk] = 1
+        return
+    slot.known_full[sc] = 0
+    settle_chunk(slot.log, slot.log_full, sc, slot.pages)
+    settle_chunk(block.bmap, block.bmap_full, chunk, block.pages)
+    settle_chunk(block.stale, block.stale_full, chunk, block.pages)
+    new = lost = ZERO
+    for i in range(n_words):
+        log = slot.log[s0 + i]
+        have = block.bmap[w0 + i]
+        slot.known[s0 + i] = log
+        block.bmap[w0 + i] = have | log
+        new += popcount(log & ~have)
+        lost += popcount(block.stale[w0 + i] & ~(have | log))
+    results[NEW] += np.int64(new)
+    if lost and block.verify:
+        results[LOST] += np.int64(lost)
+        for i in range(n_words):
+            gone = block.stale[w0 + i] & ~block.bmap[w0 + i]
+            if gone and results[FIRST_LOST] < 0:
+                results[FIRST_LOST] = block.first_page + chunk * CHUNK_PAGES + (i << 6)
+    if not slot.manual:
+        _take_all(sc, n_words, slot, results)
+
+
+@njit(cache=True, nogil=True)
+def _take_all(sc: int, n_words: int, slot: SlotView, results: Ints) -> None:
+    """GET without manual protection: the bits just copied leave the log and their pages are protected."""
+    s0 = sc * CHUNK_WORDS
+    if slot.pml:
+        settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
+    else:
+        settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
+    protection = slot.dirty if slot.pml else slot.writable
+    taken = ZERO
+    for i in range(s0, s0 + n_words):
+        bits = slot.log[i]
+        protection[i] &= ~bits
+        slot.log[i] = ZERO
+        taken += popcount(bits)
+    results[REARMED_PAGES] += np.int64(taken)
+
+
+@njit(cache=True, nogil=True)
+def sync_chunks(
+    begin: int, end: int, streams: Streams, slot: SlotView, block: BlockView, hits: Words, scratch: Words,
+    counts: Ints, results: Ints,
+) -> int:  # fmt: skip
+    """Sync chunks [begin, end) of the block; the first one whose stores have to be made page by page, or `end`."""
+    for chunk in range(begin, end):
+        if not catch_up_chunk(chunk, streams, slot, block, hits, scratch, counts):
+            return chunk
+        harvest_chunk(chunk, slot, block, results)
+    return end
+
+
+@njit(cache=True, nogil=True)
+def _clear_chunk(chunk: int, slot: SlotView, costs: Costs, counts: Ints, results: Ints) -> int:
+    """CLEAR of one chunk with what the last GET showed; what it cost in ps."""
+    sc = chunk - slot.offset
+    pages = min(CHUNK_PAGES, slot.pages - sc * CHUNK_PAGES)
+    w0, n_words = sc * CHUNK_WORDS, (pages + 63) >> 6
+    if slot.known_full[sc] and slot.log_full[sc]:
+        zero_chunk(slot.log, slot.log_full, sc)
+        if slot.pml:
+            zero_chunk(slot.dirty, slot.dirty_full, sc)
+        else:
+            zero_chunk(slot.writable, slot.writable_full, sc)
+        count = pages
+        counts[REARMED] += pages
+    else:
+        settle_chunk(slot.known, slot.known_full, sc, slot.pages)
+        settle_chunk(slot.log, slot.log_full, sc, slot.pages)
+        some = ZERO
+        for i in range(w0, w0 + n_words):
+            some += popcount(slot.known[i])
+        count = int(some)
+        if slot.pml:
+            settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
+            rearm(slot.known, w0, slot.log, slot.dirty, w0, n_words, counts)
+        else:
+            settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
+            rearm(slot.known, w0, slot.log, slot.writable, w0, n_words, counts)
+    zero_chunk(slot.known, slot.known_full, sc)
+    results[REARMED_PAGES] += count
+    results[CLEAR_CALLS] += 1
+    return costs.clear_ps + count * costs.clear_page_ps
+
+
+@njit(cache=True, nogil=True)
+def send_pages(
+    page: int, end: int, start_ns: int, change_ns: int, byte_limit: int, time_limit_ps: int, streams: Streams,
+    slot: SlotView, block: BlockView, costs: Costs, hits: Words, scratch: Words, state: Ints, counts: Ints,
+    results: Ints,
+) -> tuple[int, int]:  # fmt: skip
+    """Ram.save over the pages [page, end) of one memslot's part of a block; (page to go on from, why it stopped).
+
+    `start_ns` is when this call of save began, `change_ns` when the workload's rates change next; `results[NOW_NS]`
+    is the moment the streams' clocks stand at.
+    """
+    while page < end:
+        page = next_dirty(block.bmap, block.bmap_full, page, end, costs.word_ps, state)
+        if page < 0:
+            return end, END_OF_SPAN
+        why = must_stop(state, byte_limit, time_limit_ps)
+        if why != END_OF_SPAN:
+            return page, why
+        chunk = page // CHUNK_PAGES
+        if block.clear_bmap[chunk]:
+            if slot.tabled[chunk - slot.offset] == 0:
+                return page, NEED_SPLIT
+            now = start_ns + state[ELAPSED_PS] // 1000
+            if now >= change_ns:
+                return page, NEED_CLOCK
+            for s in range(len(streams.clock)):
+                streams.clock[s] += streams.rate[s] * (now - results[NOW_NS])
+            results[NOW_NS] = now
+            if not catch_up_chunk(chunk, streams, slot, block, hits, scratch, counts):
+                return page, NEED_STORES
+            block.clear_bmap[chunk] = 0
+            state[ELAPSED_PS] += _clear_chunk(chunk, slot, costs, counts, results)
+        settle_chunk(block.bmap, block.bmap_full, chunk, block.pages)
+        settle_chunk(block.stale, block.stale_full, chunk, block.pages)
+        has_zero = block.zero_any[chunk] != 0
+        if has_zero:
+            settle_chunk(block.zero, block.zero_full, chunk, block.pages)
+        page, why = save_span(
+            block.bmap, block.stale, block.zero, has_zero, page, min(end, (chunk + 1) * CHUNK_PAGES),
+            costs.normal_bytes, costs.zero_bytes, byte_limit, costs.normal_ps, costs.zero_ps, costs.word_ps,
+            time_limit_ps, state,
+        )  # fmt: skip
+        if why != END_OF_SPAN:
+            return page, why
+    return end, END_OF_SPAN

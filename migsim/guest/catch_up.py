@@ -1,0 +1,113 @@
+"""Bring one unit of memory up to date: which of its pages were written since somebody last looked.
+
+The kernel and its rule. A unit is a run of guest pages [base, base + pages) that lies in one chunk of one RAM block
+and one memslot; its hits come out as bits of a scratch buffer, to be pushed through the MMU by who asked.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from migsim.guest import draw
+from migsim.guest.draw import chunk_key, draw_sweep, draw_uniform
+from migsim.guest.workload import SEQUENTIAL
+from migsim.planes import Words
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@njit(cache=True, nogil=True)
+def draw_hits(
+    hits: Words,
+    scratch: Words,
+    base: int,
+    pages: int,
+    unit: int,
+    law: Ints,
+    first: Ints,
+    end: Ints,
+    clock: Floats,
+    seen: Floats,
+    visits: NDArray[np.uint32],
+    seed_key: np.uint64,
+) -> bool:
+    """Draw the writes that fell into a unit since its `seen` clocks; advance `seen`; True if there may be any.
+
+    `hits`, `scratch`: uint64[>= ceil(pages / 64)]; `hits` is overwritten. `clock`: float64[S] of this moment;
+    `seen`: float64[S], this unit's row. Deterministic in (seed key, stream, unit, visit).
+    """
+    any_hit = False
+    visit = visits[unit]
+    for s in range(len(law)):
+        a, b = max(first[s], base), min(end[s], base + pages)
+        if a >= b:
+            continue
+        writes = clock[s] - seen[s]
+        if writes <= 0.0:
+            continue
+        if not any_hit:
+            any_hit = True
+            for i in range((pages + 63) >> 6):
+                hits[i] = np.uint64(0)
+        if law[s] == SEQUENTIAL:
+            draw_sweep(hits[: (pages + 63) >> 6], base, first[s], end[s], seen[s], clock[s])
+        else:
+            p = -math.expm1(-writes / (end[s] - first[s]))
+            draw_uniform(hits, scratch, a - base, b - base, p, chunk_key(seed_key, s, unit, visit))
+        seen[s] = clock[s]
+    if any_hit:
+        visits[unit] = visit + np.uint32(1)
+    return any_hit
+
+
+@njit(cache=True, nogil=True)
+def write_words(hits: Words, stale: Words, zero: Words, has_zero: bool, w0: int, n_words: int) -> None:
+    """The ground truth of stores to the pages of `hits` (GuestMemory.write, 64 pages at a time; words settled)."""
+    for i in range(n_words):
+        stale[w0 + i] |= hits[i]
+    if has_zero:
+        for i in range(n_words):
+            zero[w0 + i] &= ~hits[i]
+
+
+def pages_hit(
+    base: int,
+    pages: int,
+    unit: int,
+    law: Ints,
+    first: Ints,
+    end: Ints,
+    clock: Floats,
+    seen: Floats,
+    visit: int,
+    seed_key: int,
+) -> set[int]:
+    """The rule, page at a time: guest pages (relative to `base`) that `draw_hits` must report."""
+    out: set[int] = set()
+    for s in range(len(law)):
+        lo, hi = int(first[s]), int(end[s])
+        a, b = max(lo, base), min(hi, base + pages)
+        if a >= b or clock[s] <= seen[s]:
+            continue
+        if law[s] == SEQUENTIAL:
+            writes = range(math.floor(seen[s]), math.floor(clock[s]))
+            swept = range(lo, hi) if len(writes) >= hi - lo else {lo + k % (hi - lo) for k in writes}
+            out |= {page - base for page in swept if a <= page < b}
+        else:
+            p = -math.expm1(-float(clock[s] - seen[s]) / (hi - lo))
+            key = _stream_chunk_key(seed_key, s, unit, visit)
+            out |= draw.bits_hit(a - base, b - base, p, key)
+    return out
+
+
+def _stream_chunk_key(seed_key: int, stream: int, unit: int, visit: int) -> int:
+    from migsim.sim.prng import GOLDEN, mix
+
+    key = mix(seed_key + (stream + 1) * GOLDEN)
+    key = mix(key + (unit + 1) * GOLDEN)
+    return mix(key + (visit + 1) * GOLDEN)

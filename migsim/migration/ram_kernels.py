@@ -1,0 +1,176 @@
+"""QEMU's bulk work on bitmaps, as numba kernels with their page-at-a-time rules.
+
+`save_span` is ram_save_iterate over one run of pages: find the next dirty page, clear its bit, send it, until the
+rate limit, the clock or the run ends it. `merge_span` is ramblock_sync_dirty_bitmap. Stations 7 and 8 on the path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from migsim.planes import Flags, Words
+from migsim.units import CHUNK_PAGES
+from migsim.words import LOW6, ONE, ONES, ZERO, lowest_bit, popcount
+
+Ints = NDArray[np.int64]
+
+# What `save_span` reads and writes of its state vector, int64.
+USED, ELAPSED_PS, TURNS, NORMAL, DUPLICATE, WAS_STALE = range(6)
+STATE_LEN = 6
+
+# Why `save_span` stopped.
+END_OF_SPAN, RATE_LIMIT, TIME_LIMIT = range(3)
+
+TURNS_PER_CLOCK_CHECK = 64  # QEMU looks at the clock before page 0 and each 64th (ram_save_iterate)
+
+
+@njit(cache=True, nogil=True)
+def must_stop(state: Ints, byte_limit: int, time_limit_ps: int) -> int:
+    """Why the next page may not be sent now: RATE_LIMIT, TIME_LIMIT, or END_OF_SPAN for "it may"."""
+    if state[USED] > byte_limit:
+        return RATE_LIMIT
+    if state[TURNS] > 0 and state[TURNS] % TURNS_PER_CLOCK_CHECK == 0 and state[ELAPSED_PS] >= time_limit_ps:
+        return TIME_LIMIT
+    return END_OF_SPAN
+
+
+@njit(cache=True, nogil=True)
+def next_dirty(words: Words, full: Flags, page: int, end: int, word_ps: int, state: Ints) -> int:
+    """First dirty page of [page, end), or -1; each clean word passed costs `word_ps`. `words` need not be settled."""
+    while page < end:
+        if full[page // CHUNK_PAGES]:
+            return page
+        stop = min((page // CHUNK_PAGES + 1) * CHUNK_PAGES, end)
+        todo = words[page >> 6] & (ONES << (np.uint64(page) & LOW6))
+        i, last = page >> 6, (stop + 63) >> 6
+        while todo == ZERO:
+            state[ELAPSED_PS] += word_ps
+            i += 1
+            if i >= last:
+                break
+            todo = words[i]
+        if todo != ZERO:
+            return (i << 6) + lowest_bit(todo)
+        page = stop
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def save_span(
+    bmap: Words,
+    stale: Words,
+    zero: Words,
+    has_zero: bool,
+    first: int,
+    end: int,
+    normal_bytes: int,
+    zero_bytes: int,
+    byte_limit: int,
+    normal_ps: int,
+    zero_ps: int,
+    word_ps: int,
+    time_limit_ps: int,
+    state: Ints,
+) -> tuple[int, int]:
+    """Send the dirty pages of [first, end) in order; (next page to look at, why it stopped).
+
+    `bmap`, `stale`, `zero`: settled words over the same pages; `zero` is looked at only if `has_zero`. A page goes
+    out if `state[USED] <= byte_limit` before it (so a window overshoots by one page) and if the clock, looked at
+    every 64 turns, stands below `time_limit_ps`. A page sent: its bmap bit, then its stale bit are cleared.
+    Every word looked at costs `word_ps`, a page `normal_ps` or `zero_ps`. Adds up in `state`.
+    """
+    page = first
+    while page < end:
+        i = page >> 6
+        todo = bmap[i] & (ONES << (np.uint64(page) & LOW6))
+        if end - (i << 6) < 64:
+            todo &= (ONE << np.uint64(end - (i << 6))) - ONE
+        state[ELAPSED_PS] += word_ps
+        if todo == ONES and (not has_zero or zero[i] == ZERO) and state[USED] + 63 * normal_bytes <= byte_limit:
+            turns = state[TURNS]
+            # one clock check falls into 64 turns: before the page where turns is a multiple of 64
+            before = -turns % TURNS_PER_CLOCK_CHECK
+            if turns == 0 or state[ELAPSED_PS] + before * normal_ps < time_limit_ps:
+                state[TURNS] = turns + 64
+                state[USED] += 64 * normal_bytes
+                state[ELAPSED_PS] += 64 * normal_ps
+                state[NORMAL] += 64
+                state[WAS_STALE] += np.int64(popcount(stale[i]))
+                bmap[i] = ZERO
+                stale[i] = ZERO
+                page = (i + 1) << 6
+                continue
+        while todo != ZERO:
+            bit = lowest_bit(todo)
+            page = (i << 6) + bit
+            why = must_stop(state, byte_limit, time_limit_ps)
+            if why != END_OF_SPAN:
+                return page, why
+            mask = ONE << np.uint64(bit)
+            todo &= ~mask
+            bmap[i] &= ~mask
+            if stale[i] & mask:
+                state[WAS_STALE] += 1
+                stale[i] &= ~mask
+            state[TURNS] += 1
+            if has_zero and zero[i] & mask:
+                state[DUPLICATE] += 1
+                state[USED] += zero_bytes
+                state[ELAPSED_PS] += zero_ps
+            else:
+                state[NORMAL] += 1
+                state[USED] += normal_bytes
+                state[ELAPSED_PS] += normal_ps
+        page = (i + 1) << 6
+    return end, END_OF_SPAN
+
+
+@dataclass
+class SaveRule:
+    """`save_span` page at a time, on sets of page numbers: the readable form."""
+
+    dirty: set[int]
+    stale: set[int]
+    zero: set[int]
+    state: list[int]
+
+    def run(
+        self, first: int, end: int, sizes: tuple[int, int], costs: tuple[int, int, int], limits: tuple[int, int]
+    ) -> tuple[int, int]:
+        """`sizes` (normal, zero) bytes; `costs` (normal, zero, word) ps; `limits` (bytes, ps)."""
+        looked_at = -1
+        for page in range(first, end):
+            if page >> 6 != looked_at:
+                looked_at = page >> 6
+                self.state[ELAPSED_PS] += costs[2]
+            if page not in self.dirty:
+                continue
+            if self.state[USED] > limits[0]:
+                return page, RATE_LIMIT
+            turns = self.state[TURNS]
+            if turns and turns % TURNS_PER_CLOCK_CHECK == 0 and self.state[ELAPSED_PS] >= limits[1]:
+                return page, TIME_LIMIT
+            self.dirty.remove(page)
+            self.state[WAS_STALE] += page in self.stale
+            self.stale.discard(page)
+            self.state[TURNS] += 1
+            kind = page in self.zero
+            self.state[DUPLICATE if kind else NORMAL] += 1
+            self.state[USED] += sizes[kind]
+            self.state[ELAPSED_PS] += costs[kind]
+        return end, END_OF_SPAN
+
+
+@njit(cache=True, nogil=True)
+def merge_span(bmap: Words, b0: int, log: Words, l0: int, n_words: int) -> int:
+    """OR `log` words into `bmap` words; how many bits were new (ramblock_sync_dirty_bitmap)."""
+    new = ZERO
+    for i in range(n_words):
+        have, add = bmap[b0 + i], log[l0 + i]
+        new += popcount(add & ~have)
+        bmap[b0 + i] = have | add
+    return int(new)

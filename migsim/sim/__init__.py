@@ -1,0 +1,1 @@
+"""The world's clockwork: integer time, counted operations, counter-based randomness."""

@@ -1,0 +1,231 @@
+"""Run one scenario: source VM, QEMU's loop, link and ground truth, from the migrate command to the verdict.
+
+`run` is the whole of it. Guests that the fused loops can serve go through them; `page_at_a_time` takes the readable
+path (every store through a vCPU, every bitmap through an ioctl) with the same result, byte for byte, and is what the
+fault wrappers of validate/ take apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from migsim.fused import FusedRam
+from migsim.migration.precopy import Interrupted, Knobs, Limits, Precopy, RoundLog
+from migsim.migration.ram import PS_PER_NS, Ram
+from migsim.qemu_costs import QemuCosts
+from migsim.result import DowntimePart, Progress, Result, Round
+from migsim.scenario import Scenario
+from migsim.units import CHUNK_PAGES, GIB, NS_PER_S, PAGE_SIZE, chunks_of
+from migsim.verdict import verdict_of
+from migsim.world import World, link_bytes_per_s
+
+THREADS_MAX = 2  # more do not help: dense passes run at memory speed
+BASE_BYTES = 350 << 20  # interpreter, numpy, numba and the compiled kernels
+PLANES = 6  # log, W or D, last GET, bmap, stale, and one more for guests with huge pages write-protected
+PROGRESS_NS = NS_PER_S
+
+ABOUT = {
+    "stop": "vm_stop: every vCPU kicked and waited for",
+    "pre-switchover": "the client holds the migration there",
+    "final-sync": "KVM's log of every slot copied and merged",
+    "ram": "pages dirty at the stop, at line rate",
+    "device": "device state saved, sent and loaded",
+    "flush": "last bytes on the way",
+}
+
+Fault = Callable[[World, Ram], None]
+
+
+def memory_needed(scenario: Scenario) -> int:
+    """Bytes this process will take at the peak for a scenario; nothing is allocated to find out."""
+    pages = scenario.guest.pages
+    streams = 64 * max(1, len(scenario.guest.workload))
+    return BASE_BYTES + PLANES * pages // 8 + chunks_of(pages) * (4096 + 8 * streams)
+
+
+def fused_serves(scenario: Scenario) -> bool:
+    """Can the fused loops run this guest? They need the bitmap log and slots that start on a chunk of their block."""
+    from migsim.guest.memory import layout
+
+    guest = scenario.guest
+    blocks = layout(guest.memory, guest.numa_nodes, guest.machine)
+    return not scenario.kvm.dirty_ring_size and all(
+        where.first % CHUNK_PAGES == 0 and where.gfn % 512 == 0 for _, _, slots in blocks for where in slots
+    )
+
+
+def run(
+    scenario: Scenario,
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    verify: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    page_at_a_time: bool = False,
+    fault: Fault | None = None,
+) -> Result:
+    """Migrate the guest of `scenario`; the same result for the same seed, whatever `threads`.
+
+    `fault(world, ram)` may replace steps of either before the migration starts (validate.faults does). A Ctrl-C ends
+    the run with `interrupted` set and the rounds so far. Raises ScenarioError for what a scenario cannot ask for.
+    """
+    bulk = fused_serves(scenario) and not page_at_a_time
+    costs = QemuCosts(scenario, {})
+    world = World(scenario, costs, seed, bulk=bulk)
+    loop: Precopy
+
+    def tick(elapsed_ps: int) -> None:
+        world.run_until(loop.now_ns + elapsed_ps // PS_PER_NS)
+
+    lazy = scenario.kvm.manual_dirty_log_protect != "off"
+    speed = link_bytes_per_s(scenario, 0)
+    ram = Ram(world.memory, world.vm, world.slot_ids, costs.save(speed), lazy, tick, with_bitmaps=not bulk)
+    if bulk:
+        count = threads or min(THREADS_MAX, os.cpu_count() or 1)
+        ram = FusedRam(ram, world.kvm_slots, world.workload, lambda: loop.now_ns, count, verify)
+    if fault is not None:
+        fault(world, ram)
+    loop = Precopy(
+        ram, world, _knobs(scenario), costs.loop(), _limits(scenario), lambda now: link_bytes_per_s(scenario, now),
+        progress=_Reporter(progress, scenario, ram, costs),
+    )  # fmt: skip
+    interrupted = False
+    try:
+        loop.run()
+    except (KeyboardInterrupt, Interrupted):
+        interrupted = True
+    return _result(scenario, seed, world, ram, loop, costs, verify, interrupted)
+
+
+class _Reporter:
+    """Called between two windows: follows the link's phases, and tells the caller how far the run is."""
+
+    def __init__(
+        self, progress: Callable[[Progress], None] | None, scenario: Scenario, ram: Ram, costs: QemuCosts
+    ) -> None:
+        self.progress, self.scenario, self.ram, self.costs = progress, scenario, ram, costs
+        self.next_ns = 0
+
+    def __call__(self, loop: Precopy) -> None:
+        if self.scenario.link.phases:
+            self.ram.costs = self.costs.save(link_bytes_per_s(self.scenario, loop.now_ns))
+        if self.progress is None or loop.now_ns < self.next_ns:
+            return
+        self.next_ns = loop.now_ns + PROGRESS_NS
+        self.progress(
+            Progress(
+                now_ns=loop.now_ns, phase=loop.status, sync=loop.stats.dirty_sync_count,
+                remaining_bytes=loop.ram.dirty_pages * PAGE_SIZE, total_bytes=loop.ram.total_bytes,
+                rounds=tuple(_round(row) for row in loop.rounds),
+            )
+        )  # fmt: skip
+
+
+def _knobs(scenario: Scenario) -> Knobs:
+    m = scenario.migration
+    return Knobs(
+        max_bandwidth=m.max_bandwidth, downtime_limit_ms=m.downtime_limit,
+        avail_switchover_bandwidth=m.avail_switchover_bandwidth,
+        pause_before_switchover="pause-before-switchover" in m.capabilities, compat=m.compat,
+    )  # fmt: skip
+
+
+def _limits(scenario: Scenario) -> Limits:
+    m = scenario.migration
+    return Limits(m.time_limit, m.round_limit, m.cancel_after, m.switchover_pause)
+
+
+def _round(row: RoundLog) -> Round:
+    return Round(
+        sync=row.sync, start_ns=row.start_ns, duration_ns=row.duration_ns, dirty_pages=row.dirty_pages,
+        new_dirty_pages=row.new_dirty_pages, sent_pages=row.sent_pages, zero_pages=row.zero_pages,
+        transferred_bytes=row.transferred_bytes,
+        bandwidth=row.transferred_bytes * NS_PER_S / row.duration_ns if row.duration_ns else 0.0,
+        threshold_bytes=row.threshold_bytes, expected_downtime_ms=row.expected_downtime_ms,
+        cpu_throttle_percentage=row.cpu_throttle_percentage, stopped=row.stopped,
+    )  # fmt: skip
+
+
+def _result(
+    scenario: Scenario, seed: int, world: World, ram: Ram, loop: Precopy, costs: QemuCosts, verify: bool,
+    interrupted: bool,
+) -> Result:  # fmt: skip
+    converged = loop.status == "completed"
+    rounds = tuple(_round(row) for row in loop.rounds)
+    parts = tuple(DowntimePart(name=name, duration_ns=ns, about=ABOUT[name]) for name, ns in loop.parts)
+    checked = _verify(world, ram, converged) if verify else {}
+    migration = loop.stats.reply(loop.status, ram.dirty_pages)
+    return Result(
+        verdict=verdict_of(scenario, loop, rounds, parts, checked, interrupted),
+        converged=converged and not interrupted,
+        interrupted=interrupted,
+        scenario=scenario,
+        seed=seed,
+        migration=migration,
+        rounds=rounds,
+        downtime=parts if converged else (),
+        kvm=_kvm(world),
+        host={
+            "profile": scenario.host.profile,
+            "assumed-ns": costs.assumed_costs(),
+            "clear-calls": ram.clear_calls,
+            "rearmed-pages": ram.rearmed_pages,
+            "memory": _host_memory(world, ram),
+        },
+        verify=checked,
+    )
+
+
+def _kvm(world: World) -> dict[str, object]:
+    root = world.vm.mmu.root_of(world.vcpus[0])
+    tables = {f"tables-level-{level}": n for level, n in root.count_tables().items()}
+    return {**world.vm.stats_read(), **tables, "operations": dict(world.meter.totals)}
+
+
+def _host_memory(world: World, ram: Ram) -> dict[str, int]:
+    """Bytes the real host would hold for this: page tables, KVM's bitmaps (two halves), QEMU's copies."""
+    root = world.vm.mmu.root_of(world.vcpus[0])
+    bitmap = world.memory.pages // 8
+    return {
+        "page-tables-bytes": root.table_bytes,
+        "kvm-dirty-bitmap-bytes": 0 if world.scenario.kvm.dirty_ring_size else 2 * bitmap,
+        "kvm-dirty-ring-bytes": world.scenario.kvm.dirty_ring_size * 16 * len(world.vcpus),
+        "qemu-bitmap-bytes": 3 * bitmap,  # KVMSlot.dirty_bmap, the RAM list's, RAMBlock.bmap
+    }
+
+
+def _verify(world: World, ram: Ram, converged: bool) -> dict[str, object]:
+    """The ground truth's counts. After completion every page must equal the destination's."""
+    lost, first = ram.lost() if isinstance(ram, FusedRam) else (0, -1)
+    if converged:
+        lost = max(lost, world.memory.stale_pages())
+    bits = ram.bits_verified if isinstance(ram, FusedRam) else 0
+    out: dict[str, object] = {
+        "lost-pages": lost,
+        "pages-checked": world.memory.pages,
+        "bits-verified": bits + world.memory.pages,
+    }
+    if lost:
+        out["first-lost-pages"] = _name_lost(world, first)
+    return out
+
+
+def _name_lost(world: World, first: int, most: int = 8) -> list[str]:
+    """Some lost pages by block and page (and gfn), for the report."""
+    names: list[str] = []
+    for block in world.memory.blocks:
+        for chunk in range(block.chunks):
+            block.stale.settle(chunk)
+            words = block.stale.words[block.stale.chunk_words(chunk)]
+            for word in words.nonzero()[0]:
+                bits = int(words[word])
+                page = chunk * CHUNK_PAGES + (int(word) << 6) + (bits & -bits).bit_length() - 1
+                gfn = next((s.gfn + page - s.first for s in block.slots if s.first <= page < s.first + s.pages), -1)
+                names.append(f"{block.idstr} page {page} (gfn {gfn:#x})")
+                if len(names) == most:
+                    return names
+    return names or [f"guest page {first}"]
+
+
+assert GIB == CHUNK_PAGES * PAGE_SIZE

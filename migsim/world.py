@@ -1,0 +1,231 @@
+"""The source VM of a scenario: guest memory, KVM's VM with its slots mapped, the workload, and time between them.
+
+Where the two sides meet. `World` is the Machine of migration.precopy; it owns the clock's consequences: when time
+passes, write clocks advance; when somebody looks, the guest's writes are drawn and happen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from migsim.guest.catch_up import draw_hits
+from migsim.guest.memory import GuestMemory, RamBlock, layout
+from migsim.guest.workload import SEQUENTIAL, UNIFORM, Phase, Stream, Workload, hot_cold, zipf
+from migsim.kvm.bulk_slot import BulkSlot
+from migsim.kvm.config import VmConfig
+from migsim.kvm.ioctl import (
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_MEM_LOG_DIRTY_PAGES,
+)
+from migsim.kvm.memslot import Memslot
+from migsim.kvm.populate import populate
+from migsim.kvm.vcpu import Vcpu
+from migsim.kvm.vm import Vm
+from migsim.qemu_costs import QemuCosts
+from migsim.scenario import Scenario
+from migsim.scenario import Workload as WorkloadConfig
+from migsim.sim.meter import CountingMeter
+from migsim.sim.prng import stream_key
+from migsim.units import CHUNK_PAGES, CHUNK_WORDS, PAGE_SHIFT, PAGE_SIZE
+
+MANUAL_PROTECT = {"off": 0, "enable": 1, "initially-set": 3}
+LEVELS = {"4K": 1, "2M": 2, "1G": 3}
+MAXPHYADDR = 52  # a host that can hold the guest; TDP of 5 levels
+NEVER_NS = 1 << 62
+
+
+def streams_of(config: WorkloadConfig) -> list[Stream]:
+    """The write streams of one [[guest.workload]]; phases carry start, stop and rate factors."""
+    if config.pattern == "idle":
+        return []
+    assert isinstance(config.working_set, int) and config.offset is not None, "resolved by the scenario"
+    first, pages = config.offset // PAGE_SIZE, config.working_set // PAGE_SIZE
+    end, rate = first + pages, float(config.pages_per_s)
+    if config.pattern == "hot-cold":
+        plain = hot_cold(first, end, rate, config.hot_pages, config.hot_writes)
+    elif config.pattern == "zipf":
+        plain = zipf(first, end, rate, config.theta)
+    else:
+        plain = [Stream(SEQUENTIAL if config.pattern == "sequential" else UNIFORM, first, end, rate)]
+    phases = _phases(config)
+    return [Stream(s.law, s.first, s.end, s.pages_per_s, phases) for s in plain]
+
+
+def _phases(config: WorkloadConfig) -> tuple[Phase, ...]:
+    changes = {0: 1.0} | {phase.at: phase.rate_factor for phase in config.phases}
+    at_start = [factor for at, factor in sorted(changes.items()) if at <= config.start][-1]
+    out = {at: factor for at, factor in changes.items() if at >= config.start and (config.stop or NEVER_NS) > at}
+    if config.start:
+        out |= {0: 0.0, config.start: out.get(config.start, at_start)}
+    if config.stop is not None:
+        out[config.stop] = 0.0
+    return tuple(Phase(at, factor) for at, factor in sorted(out.items()) if (at, factor) != (0, 1.0))
+
+
+@dataclass
+class SlotOf:
+    """One memslot and the block pages behind it."""
+
+    slot: Memslot
+    block: RamBlock
+    first: int  # page of the block
+
+
+class World:
+    """Built from a scenario. `bulk`: the guest's writes reach KVM through the fused loops, not one by one."""
+
+    def __init__(self, scenario: Scenario, costs: QemuCosts, seed: int, *, bulk: bool) -> None:
+        guest, kvm = scenario.guest, scenario.kvm
+        self.scenario, self.costs, self.bulk = scenario, costs, bulk
+        self.memory = GuestMemory(
+            layout(guest.memory, guest.numa_nodes, guest.machine), [(0, guest.pages - guest.zero_pages)]
+        )
+        self.meter = CountingMeter()
+        config = VmConfig(
+            vendor=kvm.vendor, mmu=kvm.mmu, tdp=kvm.mmu != "shadow", pml=kvm.pml, smm=False,
+            eager_page_split=kvm.eager_page_split, nx_huge_pages=kvm.nx_huge_pages, maxphyaddr=MAXPHYADDR,
+        )  # fmt: skip
+        self.vm = Vm(config, meter=self.meter)
+        self.slots: list[SlotOf] = []
+        self.slot_ids: list[list[int]] = []
+        self._set_capabilities()
+        self.vcpus: list[Vcpu] = [self.vm.create_vcpu(i) for i in range(guest.vcpus)]
+        self._map_memory()
+        streams = [stream for config in guest.workload for stream in streams_of(config)]
+        self.workload = Workload(streams, self.memory.chunks, stream_key(seed))
+        self._buffers = np.zeros((2, CHUNK_WORDS), dtype=np.uint64)
+        self._by_slot = {of.slot.id: of for of in self.slots}
+        if not bulk:
+            self.vm.observer = self._observe
+            self.vm.store_hook = self._stored
+
+    def _set_capabilities(self) -> None:
+        protect = MANUAL_PROTECT[self.scenario.kvm.manual_dirty_log_protect]
+        if protect:
+            self.vm.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, args=(protect, 0, 0, 0))
+
+    def _map_memory(self) -> None:
+        guest, slot_id = self.scenario.guest, 0
+        root = self.vm.mmu.root_of(self.vcpus[0])
+        for block in self.memory.blocks:
+            hva = self.vm.alloc_memory(block.pages << PAGE_SHIFT, LEVELS[guest.backing])
+            ids = []
+            for where in block.slots:
+                address = hva + (where.first << PAGE_SHIFT)
+                self.vm.set_user_memory_region(
+                    slot_id, 0, where.gfn << PAGE_SHIFT, where.pages << PAGE_SHIFT, address
+                )
+                slot = self.vm.memslots(0).by_id(slot_id)
+                assert slot is not None
+                self.slots.append(SlotOf(slot, block, where.first))
+                touched = min(where.pages, max(0, guest.populated_pages - block.first_page - where.first))
+                if touched:
+                    populate(self.vm.mmu.state, root, slot, 0, touched)
+                ids.append(slot_id)
+                slot_id += 1
+            self.slot_ids.append(ids)
+
+    def kvm_slots(self) -> list[list[BulkSlot]]:
+        """The bulk form of every memslot, by block; after logging has started."""
+        root = self.vm.mmu.root_of(self.vcpus[0])
+        return [
+            [BulkSlot(self.vm, self.vm.mmu.state, root, self._by_slot[i].slot) for i in ids] for ids in self.slot_ids
+        ]
+
+    # -- Machine (migration.precopy) ---------------------------------------------------------------------------------
+
+    def log_start(self) -> int:
+        """KVM_MEM_LOG_DIRTY_PAGES on every slot."""
+        for of in self.slots:
+            self._set_flags(of.slot, KVM_MEM_LOG_DIRTY_PAGES)
+        return round(self.costs.ns("qemu_setup"))
+
+    def log_stop(self) -> None:
+        """Logging off; QEMU does this when the guest runs again, or never once it has moved."""
+        for of in self.slots:
+            self._set_flags(self._current(of), 0)
+
+    def _current(self, of: SlotOf) -> Memslot:
+        slot = self.vm.memslots(0).by_id(of.slot.id)
+        assert slot is not None
+        return slot
+
+    def _set_flags(self, slot: Memslot, flags: int) -> None:
+        self.vm.set_user_memory_region(
+            slot.key, flags, slot.base_gfn << PAGE_SHIFT, slot.npages << PAGE_SHIFT, slot.userspace_addr
+        )
+        of = self._by_slot[slot.id]
+        of.slot = self._current(of)
+
+    def run_until(self, now_ns: int) -> None:
+        """The guest has run until now."""
+        self.workload.advance(now_ns)
+
+    def stop(self) -> int:
+        """vm_stop: no write happens from here on."""
+        self.workload.set_pace(0.0, 1.0)
+        return self.costs.stop_ns()
+
+    def resume(self) -> None:
+        """The guest runs again."""
+        self.workload.set_pace(1.0, 1.0)
+
+    def set_throttle(self, percentage: int) -> None:
+        """cpu-throttle-percentage: every vCPU runs for the rest of the time."""
+        self.workload.set_pace(1.0 - percentage / 100.0, self.workload.slowdown)
+
+    # -- writes one by one: the readable form of fused_kernels.catch_up_chunk ----------------------------------------
+
+    def _observe(self, slot: Memslot, first: int, pages: int) -> None:
+        of = self._by_slot[slot.id]
+        for chunk in range((of.first + first) // CHUNK_PAGES, (of.first + first + pages - 1) // CHUNK_PAGES + 1):
+            self._catch_up(of, chunk)
+
+    def _catch_up(self, of: SlotOf, chunk: int) -> None:
+        """Draw what was written to a chunk of the block and let vCPUs store it, page by page."""
+        block, w = of.block, self.workload
+        unit, base, pages = block.first_chunk + chunk, chunk * CHUNK_PAGES, block.chunk_pages(chunk)
+        log = of.slot.dirty_bitmap
+        marked = log is not None and of.first % CHUNK_PAGES == 0 and log.full[chunk - of.first // CHUNK_PAGES]
+        has_zero = block.zero.full[chunk] or block.zero.words[block.zero.chunk_words(chunk)].any()
+        if marked and block.stale.full[chunk] and not has_zero:  # no write can change a thing
+            w.seen[unit, :] = w.clock
+            return
+        hits, scratch = self._buffers
+        if not draw_hits(
+            hits, scratch, block.first_page + base, pages, unit, w.law, w.first, w.end, w.clock, w.seen[unit],
+            w.visits, w.seed_key,
+        ):  # fmt: skip
+            return
+        for word in np.flatnonzero(hits[: pages + 63 >> 6]):
+            bits, at = int(hits[word]), base + (int(word) << 6)
+            while bits:
+                low = bits & -bits
+                self._write(block, at + low.bit_length() - 1)
+                bits ^= low
+
+    def _write(self, block: RamBlock, page: int) -> None:
+        for where, slot_id in zip(block.slots, self.slot_ids[self.memory.blocks.index(block)], strict=True):
+            if where.first <= page < where.first + where.pages:
+                slot = self._by_slot[slot_id].slot
+                gfn = slot.base_gfn + page - where.first
+                self.vcpus[page % len(self.vcpus)].run([("w", gfn << PAGE_SHIFT, 1)])
+
+    def _stored(self, vcpu: Vcpu, slot: Memslot | None, gfn: int) -> None:
+        """The ground truth of a store (guest.memory): set by the write itself."""
+        assert slot is not None, f"a store to gfn {gfn:#x}, which is in no slot"
+        of = self._by_slot[slot.id]
+        self.memory.write(of.block, of.first + gfn - slot.base_gfn)
+
+
+def link_bytes_per_s(scenario: Scenario, now_ns: int) -> float:
+    """The migration's share of the link at a moment, bytes/s."""
+    share = 1.0
+    for phase in scenario.link.phases:
+        if phase.at <= now_ns:
+            share = phase.share
+    return max(1.0, scenario.link.bandwidth * share)
+
+
