@@ -31,6 +31,8 @@ class BulkKernel:
     def __init__(self, vm: Vm, min_pages: int = BULK_MIN_PAGES) -> None:
         self._vm = vm
         self.min_pages = min_pages
+        self._taken: Words = np.zeros(CHUNK_WORDS, dtype=np.uint64)
+        self._kept: Words = np.zeros(CHUNK_WORDS, dtype=np.uint64)
 
     def suits(self, slot: Memslot) -> bool:
         """Can this slot be served, and does nobody want to see single steps (races, tracepoints)?"""
@@ -64,10 +66,10 @@ class BulkKernel:
             for start in range(begin - begin % CHUNK_WORDS, end, CHUNK_WORDS):
                 a, b = max(start, begin), min(start + CHUNK_WORDS, end)
                 log.settle(start // CHUNK_WORDS)
-                live = log.words[a:b]
-                taken = mask[a - begin : b - begin] & live
+                live, taken = log.words[a:b], self._taken[: b - a]
+                np.bitwise_and(mask[a - begin : b - begin], live, out=taken)
                 if taken.any():
-                    live &= ~taken
+                    live ^= taken
                     self.protect(slot, a, taken)
                     flush = True
         return flush
@@ -80,7 +82,14 @@ class BulkKernel:
         for root in state.roots.valid(slot.as_id):
             by_w = log_bit(state, root, wrprot=not vm.pml_enabled) == state.fmt.writable
             planes = root.leaf[slot.id]
-            _clear_words(planes.writable if by_w else planes.dirty, first_word, taken)
+            self.clear_words(planes.writable if by_w else planes.dirty, first_word, taken)
+
+    def clear_words(self, plane: Plane, first_word: int, taken: Words) -> None:
+        """plane &= ~taken, without writing memory where nothing is set."""
+        plane.settle(first_word // CHUNK_WORDS)
+        words, kept = plane.words[first_word : first_word + len(taken)], self._kept[: len(taken)]
+        if words.any():
+            np.bitwise_and(words, np.invert(taken, out=kept), out=words)
 
     def reach_4k(self, slot: Memslot, first_word: int, taken: Words) -> None:
         """INITIALLY_SET left huge pages alone: split those that hold a page of `taken`, or write-protect them."""
@@ -92,14 +101,6 @@ class BulkKernel:
                 mmu.tdp.split_slot(slot, start, stop)
             for gfn in () if eager else range(start, stop, REGION_PAGES):
                 mmu.tdp.write_protect_gfn(slot, gfn, PG_LEVEL_2M)
-
-
-def _clear_words(plane: Plane, first_word: int, taken: Words) -> None:
-    """plane &= ~taken, without touching memory where nothing is set."""
-    plane.settle(first_word // CHUNK_WORDS)
-    words = plane.words[first_word : first_word + len(taken)]
-    if words.any():
-        words &= ~taken
 
 
 def _region_runs(first_word: int, taken: Words) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ logged. Facts: Linux 6.18 virt/kvm/kvm_main.c, arch/x86/kvm/x86.c; 910c57df for 
 from __future__ import annotations
 
 from errno import EFAULT
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from migsim.kvm.host_mm import HostPage
 from migsim.kvm.memory import pages_spanned
@@ -18,6 +18,14 @@ from migsim.kvm.uapi import kvm_error
 if TYPE_CHECKING:
     from migsim.kvm.vcpu import Vcpu
     from migsim.kvm.vm import Vm
+
+
+class GuestMap(NamedTuple):
+    """A guest page KVM has mapped for itself: stores to `pfn` are KVM's own."""
+
+    slot: Memslot
+    gfn: int
+    pfn: int
 
 
 class GuestAccess:
@@ -75,6 +83,19 @@ class GuestAccess:
             self._vm.memory.store(page.pfn, offset, new)
         self.mark_atomic(slot, gfn, vcpu)
         return found == old
+
+    def map_guest(self, gfn: int, vcpu: Vcpu) -> GuestMap:
+        """kvm_vcpu_map: KVM holds a page of the guest for a while. Raises OSError EFAULT."""
+        slot = self.slot(gfn, vcpu)
+        page = self.host_page(slot, gfn, write=True)
+        if slot is None or page is None:
+            raise kvm_error(EFAULT, f"gfn {gfn:#x} cannot be mapped")
+        return GuestMap(slot, gfn, page.pfn)
+
+    def unmap_guest(self, held: GuestMap, vcpu: Vcpu, *, dirty: bool) -> None:
+        """kvm_vcpu_unmap: a map that was written through marks its page now, whenever the stores were."""
+        if dirty:
+            self._vm.mark_page_dirty_in_slot(held.slot, held.gfn, vcpu)
 
     def mark_atomic(self, slot: Memslot, gfn: int, vcpu: Vcpu) -> None:
         """The target of an emulated atomic instruction gets dirty too (910c57df)."""

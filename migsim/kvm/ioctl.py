@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migsim.kvm.config import VmConfig
+from migsim.kvm.exits import Exit, Mmio, Op
 from migsim.kvm.memslot import KVM_MEM_MAX_NR_PAGES, KVM_USER_MEM_SLOTS
 from migsim.kvm.uapi import (
     DIRTY_GFN,
@@ -40,7 +41,7 @@ from migsim.kvm.uapi import (
     KVM_X86_QUIRK_SLOT_ZAP_ALL,
     MSR_KVM_SYSTEM_TIME_NEW,
 )
-from migsim.kvm.vcpu import Exit, Mmio, Op, Vcpu
+from migsim.kvm.vcpu import Vcpu
 from migsim.kvm.vm import Vm
 from migsim.units import words_of
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from errno import EINVAL
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from migsim.kvm.dirty_ring import DirtyRing, RingView
+from migsim.kvm.exits import Exit, GuestLivelock, Mmio, Op, StopRun, check_ops
 from migsim.kvm.mmu_lock import WouldBlock
 from migsim.kvm.pml import PmlBuffer
 from migsim.kvm.tdp_mmu import RetPf
@@ -32,41 +33,9 @@ if TYPE_CHECKING:
     from migsim.kvm.roots import Root
     from migsim.kvm.vm import Vm
 
-Op = tuple[str, int, int]
-"""(kind, gpa, value): 'w' stores the u32 value, 'r' loads a u32, 'a' adds the u32 value under LOCK."""
-
 FAULTS_MAX: Final = 100  # of one access, one after the other: what is more is a livelock (KVM itself would never end)
 PVCLOCK_BYTES: Final = 32  # struct pvclock_vcpu_time_info
 _U32: Final = (1 << 32) - 1
-
-
-class Mmio(NamedTuple):
-    """What user space must do: `data` are the bytes stored, or zeros to be filled in for a load."""
-
-    phys_addr: int
-    is_write: bool
-    data: bytes
-
-
-class Exit(NamedTuple):
-    """Why KVM_RUN came back: KVM's exit reason, operations completed, values loaded (u32, in order)."""
-
-    reason: int
-    done: int
-    data: tuple[int, ...] = ()
-    mmio: Mmio | None = None
-
-
-class GuestLivelock(AssertionError):
-    """An access faults for ever: the fault handler makes no progress."""
-
-
-class _Stop(Exception):
-    """Leave KVM_RUN for user space."""
-
-    def __init__(self, reason: int, mmio: Mmio | None = None) -> None:
-        self.reason = reason
-        self.mmio = mmio
 
 
 class Vcpu:
@@ -126,7 +95,7 @@ class Vcpu:
                     done += 1
                     if value is not None:
                         loaded.append(value)
-            except _Stop as stop:
+            except StopRun as stop:
                 self.exit_guest()
                 return Exit(stop.reason, done, tuple(loaded), stop.mmio)
             self.exit_guest()
@@ -146,7 +115,7 @@ class Vcpu:
         """kvm_dirty_ring_check_request."""
         if self.dirty_ring is not None and self.dirty_ring.check_request():
             self.vm.trace("kvm_dirty_ring_exit", vcpu_id=self.id)
-            raise _Stop(KVM_EXIT_DIRTY_RING_FULL)
+            raise StopRun(KVM_EXIT_DIRTY_RING_FULL)
 
     def exit_guest(self) -> None:
         """Any VM exit: the PML buffer is drained before the exit is handled."""
@@ -188,7 +157,7 @@ class Vcpu:
                 return None
             self.enter_guest()
         if self.vm.interleaved:
-            raise _Stop(KVM_EXIT_INTR)
+            raise StopRun(KVM_EXIT_INTR)
         raise GuestLivelock(f"vCPU {self.id}: access to gpa {gpa:#x} (write={write}) faulted {FAULTS_MAX} times")
 
     def cpu_access(self, gpa: int, write: bool) -> int | None:
@@ -216,7 +185,7 @@ class Vcpu:
             dirty = True
         base = gfn & -(1 << 9 * (level - 1))
         found = Translation(base, level, fmt.pfn(spte), fmt.is_writable(spte), dirty)
-        self.tlb.insert(root, found)
+        self.remember(root, found)
         return found.pfn_of(gfn)
 
     def page_walk_l2(self, l2: NestedGuest, gfn: int, write: bool) -> int | None:
@@ -228,8 +197,13 @@ class Vcpu:
             return None
         base = gfn & -(1 << 9 * (level - 1))
         found = Translation(base, level, fmt.pfn(spte), fmt.is_writable(spte), dirty=True)
-        self.tlb.insert(l2, found)
+        self.remember(l2, found)
         return found.pfn_of(gfn)
+
+    def remember(self, tag: object, found: Translation) -> None:
+        """Fill the TLB; from here on this vCPU is among those a flush must reach."""
+        self.tlb.insert(tag, found)
+        self.vm.translating[self] = None
 
     def l1_gpa(self, gpa: int) -> int:
         """Where an access of the running guest lies in L1's memory."""
@@ -246,6 +220,7 @@ class Vcpu:
             self.vm.trace("kvm_pml_full", vcpu_id=self.id)
             self.exit_guest()
         self.pml.log(gpa)
+        self.vm.pml_holders[self] = None
 
     def pml_off_for_l2(self) -> bool:
         """PML is off in hardware while L2 runs (c3bb9a20): the CPU would log L2's addresses."""
@@ -261,12 +236,12 @@ class Vcpu:
                 return self.vm.mmu.page_fault(self, gpa, write=write)
             result = self.l2.page_fault(self, gpa >> PAGE_SHIFT, write=write)
             if result == RetPf.INVALID:  # L1's tables forbid it: L1's fault, and there is no L1 code to take it
-                raise _Stop(KVM_EXIT_SHUTDOWN)
+                raise StopRun(KVM_EXIT_SHUTDOWN)
             return result
         except WouldBlock:
             if not self.vm.interleaved:
                 raise
-            raise _Stop(KVM_EXIT_INTR) from None
+            raise StopRun(KVM_EXIT_INTR) from None
 
     def flush_pml_buffer(self) -> None:
         """vmx_flush_pml_buffer: mark every logged page, oldest first, and empty the buffer. Not while L2 runs."""
@@ -278,6 +253,7 @@ class Vcpu:
             if slot is not None:
                 self.vm.mark_page_dirty_in_slot(slot, gfn, self)
         self.pml.reset()
+        self.vm.pml_holders.pop(self, None)
 
     def kick(self) -> None:
         """An IPI: a vCPU inside the guest exits, and so drains its buffer."""
@@ -330,12 +306,12 @@ class Vcpu:
             raise self.mmio(Mmio(gpa, True, data))
         self.vm.stored(self, gpa >> PAGE_SHIFT)
 
-    def mmio(self, what: Mmio) -> _Stop:
+    def mmio(self, what: Mmio) -> StopRun:
         """The exit to user space for an access with no memory behind it."""
         self.count("mmio_exits")
         self.vm.trace("kvm_mmio", type="write" if what.is_write else "read", len=len(what.data), gpa=what.phys_addr,
                       val=int.from_bytes(what.data, "little"))  # fmt: skip
-        return _Stop(KVM_EXIT_MMIO, what)
+        return StopRun(KVM_EXIT_MMIO, what)
 
     # -- kvm-clock ---------------------------------------------------------------------------------------------------
 
@@ -371,14 +347,3 @@ class Vcpu:
         values = self.vm.stats.read_vcpu(self.id)
         values["tlb_flush"] += self.vm.stats.remote_tlb_flush_requests - self._flushes_before
         return values
-
-
-def check_ops(ops: Sequence[Op]) -> None:
-    """ValueError for an operation this guest cannot execute."""
-    for kind, gpa, _ in ops:
-        if kind not in ("w", "r", "a"):
-            raise ValueError(f"operation kind {kind!r}: 'w', 'r' or 'a'")
-        if gpa < 0 or gpa % PAGE_SIZE > PAGE_SIZE - 4:
-            raise ValueError(f"gpa {gpa:#x}: an operation is a u32 inside one page")
-
-

@@ -18,6 +18,7 @@ from migsim.kvm.caps import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, Caps, reserved_entr
 from migsim.kvm.config import VmConfig
 from migsim.kvm.dirty_log import DirtyLog, LogKernel, UserBitmap, WordKernel
 from migsim.kvm.dirty_ring import DirtyRing, DirtyRings
+from migsim.kvm.exits import Exit, Op
 from migsim.kvm.guest_access import GuestAccess
 from migsim.kvm.host_mm import HostMm
 from migsim.kvm.log_invariants import log_violations
@@ -29,7 +30,7 @@ from migsim.kvm.mmu_lock import MmuLock
 from migsim.kvm.stats import Stats
 from migsim.kvm.uapi import DIRTY_GFN, kvm_error
 from migsim.kvm.user_memory import UserMemory
-from migsim.kvm.vcpu import Exit, Op, Vcpu
+from migsim.kvm.vcpu import Vcpu
 from migsim.sim.meter import Meter, NullMeter
 
 Observer = Callable[[Memslot, int, int], None]
@@ -71,6 +72,8 @@ class Vm:
         self.warnings: list[str] = []  # what the kernel would WARN about
         self.dead = False
         self._memslots = tuple(Memslots(as_id) for as_id in range(config.nr_as_ids))
+        self.translating: dict[Vcpu, None] = {}  # vCPUs that hold translations: of 416 few do in a bulk run
+        self.pml_holders: dict[Vcpu, None] = {}  # vCPUs whose PML buffer is not empty
         self._running: list[Vcpu] = []
         self._races = 0
         self._closed = False
@@ -227,8 +230,9 @@ class Vm:
         self.stats.remote_tlb_flush += bool(self.vcpus)
         self.meter.count("remote_tlb_flush")
         self.stats.tlb_flush += len(self.vcpus)
-        for vcpu in self.vcpus:
+        for vcpu in self.translating:
             vcpu.tlb.flush()
+        self.translating.clear()
 
     def flush_remote_tlbs_memslot(self, slot: Memslot) -> None:
         """x86 has no ranged flush outside Hyper-V: everything goes."""
@@ -246,9 +250,8 @@ class Vm:
     def kick_for_dirty_log(self) -> None:
         """kvm_arch_sync_dirty_log: with PML every vCPU must exit, which drains its buffer."""
         if self.pml_enabled:
-            for vcpu in self.vcpus:
-                if len(vcpu.pml):
-                    vcpu.kick()
+            for vcpu in list(self.pml_holders):
+                vcpu.kick()
 
     def log_kernel(self, slot: Memslot) -> LogKernel:
         """The loops over a slot's log: chunk by chunk where the slot allows, else one word after the other."""
