@@ -53,6 +53,7 @@ class Vcpu:
         self.pml = PmlBuffer(newest_first=vm.config.mmu == "tdp-5.10")
         self.dirty_ring = ring
         self._ring_view = RingView(ring.entries) if ring is not None else None
+        self.mmio_gfn, self.mmio_generation = -1, -1
         self._pml_update_deferred = False
         self._flushes_before = vm.stats.remote_tlb_flush_requests
         self._system_time_gpa: int | None = None
@@ -233,7 +234,10 @@ class Vcpu:
         self.exit_guest()
         try:
             if self.l2 is None:
-                return self.vm.mmu.page_fault(self, gpa, write=write)
+                result = self.vm.mmu.page_fault(self, gpa, write=write)
+                if result == RetPf.EMULATE and self.is_mmio(gpa >> PAGE_SHIFT):
+                    self.cache_mmio_info(gpa >> PAGE_SHIFT)
+                return result
             result = self.l2.page_fault(self, gpa >> PAGE_SHIFT, write=write)
             if result == RetPf.INVALID:  # L1's tables forbid it: L1's fault, and there is no L1 code to take it
                 raise StopRun(KVM_EXIT_SHUTDOWN)
@@ -280,6 +284,24 @@ class Vcpu:
         if self._pml_update_deferred:
             self.update_cpu_dirty_logging()
 
+    # -- MMIO known from the last fault --------------------------------------------------------------------------------
+
+    def is_mmio(self, gfn: int) -> bool:
+        """Was a fault on gfn handled as MMIO: there is an MMIO SPTE that was trusted, or no slot?"""
+        spte, _ = self.vm.mmu.walk(self.load_root(), gfn)
+        return self.vm.mmu.fmt.is_mmio(spte) or self.vm.gfn_to_slot(self.as_id, gfn) is None
+
+    def cache_mmio_info(self, gfn: int) -> None:
+        """Remember that gfn is MMIO under the present slots; not while they change (ddfd1730)."""
+        memslots = self.vm.memslots(self.as_id)
+        if not memslots.update_in_progress:
+            self.mmio_gfn, self.mmio_generation = gfn, memslots.generation
+
+    def match_mmio_gpa(self, gpa: int) -> bool:
+        """Is gpa known to be MMIO? The emulator then asks no slot."""
+        same = self.mmio_gfn == gpa >> PAGE_SHIFT
+        return same and self.mmio_generation == self.vm.memslots(self.as_id).generation
+
     # -- the instruction emulator ------------------------------------------------------------------------------------
 
     def emulate(self, op: Op) -> int | None:
@@ -289,7 +311,8 @@ class Vcpu:
         if kind == "w":
             self.emulated_write(gpa, value)
             return None
-        raw = self.vm.access.read_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, 4, self)
+        known = self.match_mmio_gpa(gpa)
+        raw = None if known else self.vm.access.read_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, 4, self)
         if raw is None:
             raise self.mmio(Mmio(gpa, False, bytes(4)))
         found = int.from_bytes(raw, "little")
@@ -302,7 +325,8 @@ class Vcpu:
     def emulated_write(self, gpa: int, value: int) -> None:
         """A plain store of the emulator: logged like any other, on every store anew."""
         data = (value & _U32).to_bytes(4, "little")
-        if not self.vm.access.write_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, data, self):
+        known = self.match_mmio_gpa(gpa)
+        if known or not self.vm.access.write_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, data, self):
             raise self.mmio(Mmio(gpa, True, data))
         self.vm.stored(self, gpa >> PAGE_SHIFT)
 

@@ -219,3 +219,34 @@ def test_l2_stores_are_charged_to_l1s_pages(name: str) -> None:
                 assert get(vm) == {9}
                 assert not vm.invariants()
         assert vcpu.run([("r", GPA + 9 * PAGE, 0)]).data == (5,)
+
+
+def test_an_mmio_translation_is_not_trusted_while_slots_change() -> None:
+    """The new slot is visible before its generation is: a store then must reach memory, not user space."""
+    vm = Vm(VmConfig())
+    with vm:
+        vcpu = vm.create_vcpu(0)
+        assert vcpu.run([("w", GPA, 1)]).reason == KVM_EXIT_MMIO
+        exits = once(vm, "memslot: in progress", lambda: vcpu.run([("w", GPA, 2), ("w", GPA + PAGE, 3)]))
+        vm.set_user_memory_region(1, 1, GPA, N * PAGE, vm.alloc_memory(N * PAGE))
+        vm.race_hook = None
+        assert exits[0].done == 2  # type: ignore[attr-defined]
+        assert get(vm) == {0, 1}
+        assert not vm.invariants()
+
+
+@pytest.mark.parametrize("zapped", [True, False])
+def test_an_mmio_spte_whose_generation_came_round_hides_a_new_slot_unless_it_was_zapped(zapped: bool) -> None:
+    vm = Vm(VmConfig(smm=False))
+    vcpu = vm.create_vcpu(0)
+    memslots, hva = vm.memslots(0), vm.alloc_memory(N * PAGE)
+    memslots.generation = 2
+    assert vcpu.run([("w", GPA, 1)]).reason == KVM_EXIT_MMIO
+    if not zapped:
+        vm.regions.mmio_generation_wrapped = lambda generation: False  # type: ignore[method-assign]
+    memslots.generation = (1 << 19) - 1  # as half a million changes would leave it
+    vm.set_user_memory_region(5, 0, 1 << 30, PAGE, hva)
+    vm.set_user_memory_region(1, 0, GPA, N * PAGE, hva)
+    vm.set_user_memory_region(6, 0, 1 << 31, PAGE, hva)
+    assert memslots.generation & (1 << 19) - 1 == 2
+    assert (vcpu.run([("w", GPA, 2)]).reason == KVM_EXIT_MMIO) is not zapped
