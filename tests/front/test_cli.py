@@ -118,11 +118,10 @@ def test_an_interrupt_leaves_the_rounds_so_far_in_the_json(simulation, tmp_path,
 def test_a_result_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     path.write_text("old")
-    monkeypatch.setattr("migsim.result.os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space"):
+        full.setattr("migsim.result.os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
         write_json(result(), str(path))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.undo()
     write_json(result(), str(path))
     assert from_json(path.read_bytes()) == result() and list(tmp_path.iterdir()) == [path]
 

@@ -14,6 +14,7 @@ from migsim.migration.parameters import PARAMETERS
 from migsim.scenario import Guest, Migration, Scenario, ScenarioError, Workload, build, json_schema, load, parse
 from migsim.units import PAGE_SIZE
 
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 MINIMAL = {"guest": {"memory": "1 GiB"}}
 
 
@@ -171,7 +172,7 @@ def test_untouched_pages_count_as_zero_pages(populated, zero):
         assert guest.zero_pages + guest.populated_pages >= guest.pages
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.toml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_a_loaded_scenario_survives_json(path):
     scenario = load(path)
     assert msgspec.json.decode(msgspec.json.encode(scenario), type=Scenario) == scenario

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ from migsim.result import DowntimePart, Progress, Result, Round
 from migsim.scenario import Expect, load
 from migsim.terminal import ProgressBar, summary
 
-TINY = load("configs/tiny.toml")
+TINY = load(Path(__file__).parents[2] / "configs/tiny.toml")
 
 
 def rounds(n: int) -> tuple[Round, ...]:
