@@ -54,8 +54,10 @@ class DirtyRing:
         return self.used >= self.soft_limit
 
     def push(self, slot_key: int, offset: int) -> None:
-        """One page: fields first, the flag after a barrier, then the index; asks for an exit when soft-full."""
-        assert self.used < self.size, f"dirty ring of {self.size} entries overflows"
+        """One page: fields first, the flag after a barrier, then the index; asks for an exit when soft-full.
+
+        Nothing stops it when the ring is full, as nothing stops KVM; the reserve is there so that it never is.
+        """
         at = self.dirty_index & (self.size - 1)
         self.write_fields(at, slot_key, offset)
         self.set_dirtied(at)

@@ -181,7 +181,8 @@ class Vcpu:
         if has_ad and not spte & fmt.accessed:
             self.vm.mmu.set_accessed(self, root, gfn)
         if write and not dirty:
-            self.log_to_pml(gpa)
+            if not self.log_to_pml(gpa):
+                return self.cpu_access(gpa, write)
             self.vm.mmu.set_dirty_bit(self, root, gfn)
             dirty = True
         base = gfn & -(1 << 9 * (level - 1))
@@ -213,15 +214,18 @@ class Vcpu:
             return gpa
         return (walked.pte.gfn << PAGE_SHIFT) + gpa % (1 << PAGE_SHIFT + 9 * (walked.level - 1))
 
-    def log_to_pml(self, gpa: int) -> None:
-        """The CPU is about to set D: log the page, after an exit if the buffer is full."""
+    def log_to_pml(self, gpa: int) -> bool:
+        """The CPU is about to set D: log the page. False: the buffer was full, so it exited and begins anew."""
         if not self.pml.enabled or self.pml_off_for_l2():
-            return
+            return True
         if self.pml.full:
             self.vm.trace("kvm_pml_full", vcpu_id=self.id)
             self.exit_guest()
+            self.enter_guest()
+            return False
         self.pml.log(gpa)
         self.vm.pml_holders[self] = None
+        return True
 
     def pml_off_for_l2(self) -> bool:
         """PML is off in hardware while L2 runs (c3bb9a20): the CPU would log L2's addresses."""

@@ -220,6 +220,8 @@ class Vm:
         """One entry for `vcpu`; the same page again is a second entry."""
         ring = vcpu.dirty_ring
         assert ring is not None, vcpu.id
+        if ring.used >= ring.size:  # user space has corrupted the index
+            self.warnings.append(f"dirty ring of vCPU {vcpu.id} is full")
         ring.push(slot.key, offset)
         self.trace("kvm_dirty_ring_push", index=vcpu.id, dirty_index=ring.dirty_index, reset_index=ring.reset_index,
                    slot=slot.key, offset=offset)  # fmt: skip

@@ -324,3 +324,36 @@ def test_no_store_is_ever_missing_from_the_log(
                 must -= {first + i for i in named}
                 may -= {first + i for i in named}
             assert not vm.invariants()
+
+
+def test_lazy_writers_deliver_before_anybody_looks() -> None:
+    with Vm() as vm:
+        vcpu = small(vm, 100, manual=1)
+        slot = vm.memslots(0).by_id(1)
+        assert slot is not None
+        asked: list[tuple[int, int]] = []
+
+        def deliver(of: object, first: int, n_pages: int) -> None:
+            assert of is slot
+            asked.append((first, n_pages))
+            store(vcpu, first)
+
+        vm.observer = deliver
+        assert get(vm, 100) == {0}
+        vm.clear_dirty_log(1, 64, 36, words(64, {0}))
+        assert get(vm, 100) == {0}, "page 64 was delivered before it was cleared"
+        vm.host_discard(slot.userspace_addr + 2 * PAGE, PAGE)
+        assert asked == [(0, 100), (64, 36), (0, 100), (2, 1)]
+        vm.observer = None
+        assert get(vm, 100) == {0, 2}
+
+
+def test_efault_and_refusals_come_after_and_before_the_writers_are_asked() -> None:
+    with Vm() as vm:
+        small(vm, 100)
+        asked: list[int] = []
+        vm.observer = lambda slot, first, n_pages: asked.append(n_pages)
+        assert errno_of(lambda: vm.clear_dirty_log(1, 0, 65, None)) == "EINVAL"
+        assert asked == []
+        assert errno_of(lambda: vm.get_dirty_log(1, None)) == "EFAULT"
+        assert asked == [100]
