@@ -12,7 +12,8 @@ from errno import EINVAL
 from typing import TYPE_CHECKING, Final
 
 from migsim.kvm.dirty_ring import DirtyRing, RingView
-from migsim.kvm.exits import Exit, GuestLivelock, Mmio, Op, StopRun, check_ops
+from migsim.kvm.emulator import Emulator
+from migsim.kvm.exits import Exit, GuestLivelock, Op, StopRun, check_ops
 from migsim.kvm.mmu_lock import WouldBlock
 from migsim.kvm.pml import PmlBuffer
 from migsim.kvm.tdp_mmu import RetPf
@@ -21,7 +22,6 @@ from migsim.kvm.uapi import (
     KVM_EXIT_DIRTY_RING_FULL,
     KVM_EXIT_HLT,
     KVM_EXIT_INTR,
-    KVM_EXIT_MMIO,
     KVM_EXIT_SHUTDOWN,
     MSR_KVM_SYSTEM_TIME_NEW,
     kvm_error,
@@ -53,7 +53,7 @@ class Vcpu:
         self.pml = PmlBuffer(newest_first=vm.config.mmu == "tdp-5.10")
         self.dirty_ring = ring
         self._ring_view = RingView(ring.entries) if ring is not None else None
-        self.mmio_gfn, self.mmio_generation = -1, -1
+        self.emulator = Emulator(vm, self)
         self._pml_update_deferred = False
         self._flushes_before = vm.stats.remote_tlb_flush_requests
         self._system_time_gpa: int | None = None
@@ -86,11 +86,12 @@ class Vcpu:
         done, loaded = 0, []
         with self.vm.running(self):
             try:
+                self.emulator.complete_userspace_io()
                 self.enter_guest()
                 for op in ops:
                     if self.vm.config.instruction_emulation:
                         self.check_ring_full()
-                        value = self.emulate(op)
+                        value = self.emulator.emulate(op)
                     else:
                         value = self.execute(op)
                     done += 1
@@ -139,7 +140,7 @@ class Vcpu:
         pfn = self.translate(gpa, write=kind != "r")
         offset = gpa % PAGE_SIZE
         if pfn is None:
-            return self.emulate((kind, self.l1_gpa(gpa), value))
+            return self.emulator.emulate((kind, self.l1_gpa(gpa), value))
         memory = self.vm.memory
         if kind == "r":
             return memory.load(pfn, offset)
@@ -239,8 +240,8 @@ class Vcpu:
         try:
             if self.l2 is None:
                 result = self.vm.mmu.page_fault(self, gpa, write=write)
-                if result == RetPf.EMULATE and self.is_mmio(gpa >> PAGE_SHIFT):
-                    self.cache_mmio_info(gpa >> PAGE_SHIFT)
+                if result == RetPf.EMULATE and self.emulator.is_mmio(gpa >> PAGE_SHIFT):
+                    self.emulator.cache_mmio_info(gpa >> PAGE_SHIFT)
                 return result
             result = self.l2.page_fault(self, gpa >> PAGE_SHIFT, write=write)
             if result == RetPf.INVALID:  # L1's tables forbid it: L1's fault, and there is no L1 code to take it
@@ -287,59 +288,6 @@ class Vcpu:
         self.guest_mode, self.l2 = False, None
         if self._pml_update_deferred:
             self.update_cpu_dirty_logging()
-
-    # -- MMIO known from the last fault --------------------------------------------------------------------------------
-
-    def is_mmio(self, gfn: int) -> bool:
-        """Was a fault on gfn handled as MMIO: there is an MMIO SPTE that was trusted, or no slot?"""
-        spte, _ = self.vm.mmu.walk(self.load_root(), gfn)
-        return self.vm.mmu.fmt.is_mmio(spte) or self.vm.gfn_to_slot(self.as_id, gfn) is None
-
-    def cache_mmio_info(self, gfn: int) -> None:
-        """Remember that gfn is MMIO under the present slots; not while they change (ddfd1730)."""
-        memslots = self.vm.memslots(self.as_id)
-        if not memslots.update_in_progress:
-            self.mmio_gfn, self.mmio_generation = gfn, memslots.generation
-
-    def match_mmio_gpa(self, gpa: int) -> bool:
-        """Is gpa known to be MMIO? The emulator then asks no slot."""
-        same = self.mmio_gfn == gpa >> PAGE_SHIFT
-        return same and self.mmio_generation == self.vm.memslots(self.as_id).generation
-
-    # -- the instruction emulator ------------------------------------------------------------------------------------
-
-    def emulate(self, op: Op) -> int | None:
-        """Carry out one operation in KVM; the value if it loads. No memory there: user space's MMIO."""
-        self.count("insn_emulation")
-        kind, gpa, value = op
-        if kind == "w":
-            self.emulated_write(gpa, value)
-            return None
-        known = self.match_mmio_gpa(gpa)
-        raw = None if known else self.vm.access.read_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, 4, self)
-        if raw is None:
-            raise self.mmio(Mmio(gpa, False, bytes(4)))
-        found = int.from_bytes(raw, "little")
-        if kind == "r":
-            return found
-        if self.vm.access.compare_exchange(gpa, found, found + value & _U32, self) is None:
-            self.emulated_write(gpa, found + value & _U32)
-        return None
-
-    def emulated_write(self, gpa: int, value: int) -> None:
-        """A plain store of the emulator: logged like any other, on every store anew."""
-        data = (value & _U32).to_bytes(4, "little")
-        known = self.match_mmio_gpa(gpa)
-        if known or not self.vm.access.write_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, data, self):
-            raise self.mmio(Mmio(gpa, True, data))
-        self.vm.stored(self, gpa >> PAGE_SHIFT)
-
-    def mmio(self, what: Mmio) -> StopRun:
-        """The exit to user space for an access with no memory behind it."""
-        self.count("mmio_exits")
-        self.vm.trace("kvm_mmio", type="write" if what.is_write else "read", len=len(what.data), gpa=what.phys_addr,
-                      val=int.from_bytes(what.data, "little"))  # fmt: skip
-        return StopRun(KVM_EXIT_MMIO, what)
 
     # -- kvm-clock ---------------------------------------------------------------------------------------------------
 

@@ -190,3 +190,25 @@ def test_every_logging_mode_reports_and_re_arms(mode: object) -> None:
             seen = mode.collect(vm, vcpus, 1, 100)
             assert [int(word) for word in seen] == [1 << page if page < 64 else 0, 1 << 35 | (1 << 6) * (page == 70)]
             mode.clear(vm, 1, 100, seen)
+
+
+@pytest.mark.parametrize("emulation", [False, True])
+def test_the_truth_hears_of_every_store_that_reached_memory(emulation: bool) -> None:
+    with Vm(VmConfig(instruction_emulation=emulation)) as vm:
+        vm.set_user_memory_region(1, 1, GPA, 3 * PAGE, vm.alloc_memory(3 * PAGE))
+        vcpu = vm.create_vcpu(0)
+        heard: list[int] = []
+        vm.store_hook = lambda vcpu, slot, gfn: heard.append(gfn - (GPA >> 12))
+        vcpu.run([("w", GPA, 1), ("a", GPA + PAGE, 1), ("r", GPA + 2 * PAGE, 0), ("w", 0x9000, 1)])
+        assert heard == [0, 1]
+
+
+def test_an_atomic_instruction_interrupted_by_mmio_stores_to_the_slot_that_has_come_meanwhile() -> None:
+    with Vm(VmConfig(instruction_emulation=True)) as vm:
+        vcpu = vm.create_vcpu(0)
+        assert vcpu.run([("a", GPA, 5)]).reason == KVM_EXIT_MMIO
+        vm.set_user_memory_region(1, 1, GPA, PAGE, vm.alloc_memory(PAGE))
+        assert vcpu.run([("r", GPA, 0)]).data == (5,)
+        bitmap = np.zeros(1, dtype=np.uint64)
+        vm.get_dirty_log(1, bitmap)
+        assert int(bitmap[0]) == 1
