@@ -20,6 +20,7 @@ __all__ = ["ProgressBar", "summary"]
 
 _ROUNDS_SHOWN: Final = 24
 _BAR: Final = 24
+_PLAIN_GROUPS: Final = ("memory", "operations")  # their members' names speak for themselves
 
 
 def summary(result: Result, width: int | None = None) -> str:
@@ -30,9 +31,9 @@ def summary(result: Result, width: int | None = None) -> str:
         *(textwrap.fill(line, columns) for line in _expectation(result)),
         _rounds(result.rounds, columns),
         _downtime(result),
-        _counters("Memory and costs", result.host, columns),
+        _counters("Host", result.host, columns),
         _counters("KVM", result.kvm, columns),
-        _counters("Verified", result.verify, columns),
+        textwrap.fill(_verified(result), columns),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -106,9 +107,24 @@ def _downtime(result: Result) -> str:
     return "\n".join(lines)
 
 
+def _verified(result: Result) -> str:
+    """The ground truth in a sentence."""
+    if not result.verify:
+        return "Ground truth: off (--no-verify)." if not result.interrupted else ""
+    lost = result.verify.get("lost-pages", 0)
+    checked, bits = (result.verify.get(name, 0) for name in ("pages-checked", "bits-verified"))
+    if lost:
+        return f"Ground truth: {lost:,} PAGES LOST: {', '.join(map(str, result.verify.get('first-lost-pages', ())))}."
+    return f"Ground truth: no page lost; {checked:,} pages checked, {bits:,} bits verified."
+
+
 def _counters(title: str, values: Mapping[str, Any], columns: int) -> str:
-    """`name value` pairs in as many columns as fit; zeros and texts are left to the JSON."""
-    pairs = [(name, _count(value)) for name, value in _flat(values) if isinstance(value, int | float) and value]
+    """`name value` pairs in as many columns as fit; zeros, texts and assumed costs are left to the JSON."""
+    pairs = [
+        (name, _count(name, value))
+        for name, value in _flat(values)
+        if isinstance(value, int | float) and value and not name.startswith("assumed-ns.")
+    ]
     if not pairs:
         return ""
     names, numbers = max(len(n) for n, _ in pairs), max(len(v) for _, v in pairs)
@@ -122,12 +138,16 @@ def _counters(title: str, values: Mapping[str, Any], columns: int) -> str:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _flat(value, prefix if name in _PLAIN_GROUPS else f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def _count(value: float) -> str:
+def _count(name: str, value: float) -> str:
+    if name.endswith("-bytes"):
+        return in_words(int(value), "size")
+    if name.endswith(("-ns", "_ns")):
+        return _time(int(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 

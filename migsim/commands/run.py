@@ -53,7 +53,6 @@ def run_run(arguments: argparse.Namespace) -> int:
 
 
 def _migrate(scenario: Scenario, arguments: argparse.Namespace) -> Result:
-    from migsim import simulation
     from migsim.result import Result
     from migsim.terminal import ProgressBar
 
@@ -65,6 +64,8 @@ def _migrate(scenario: Scenario, arguments: argparse.Namespace) -> Result:
             bar.update(now)
 
         try:
+            from migsim import simulation  # within the try: loading and compiling it takes a while
+
             return simulation.run(
                 scenario,
                 seed=arguments.seed,

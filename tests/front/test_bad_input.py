@@ -118,22 +118,19 @@ def test_no_scenario_an_unknown_flag_and_an_unknown_command(refused):
 
 
 def test_an_unwritable_result_is_refused_before_the_run(refused, tmp_path, monkeypatch):
-    simulation = pytest.importorskip("migsim.simulation")
-    monkeypatch.setattr(simulation, "run", lambda *a, **k: pytest.fail("it ran"))
+    monkeypatch.setattr("migsim.simulation.run", lambda *a, **k: pytest.fail("it ran"))
     assert "No such file" in refused("run", TINY, "--json", tmp_path / "absent" / "r.json")
     assert "directory" in refused("run", TINY, "--json", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_guest_that_does_not_fit_is_refused_with_both_figures(refused, monkeypatch):
-    simulation = pytest.importorskip("migsim.simulation")
-    monkeypatch.setattr(simulation, "run", lambda *a, **k: pytest.fail("it ran"))
+    monkeypatch.setattr("migsim.simulation.run", lambda *a, **k: pytest.fail("it ran"))
     text = refused("run", TINY, "--set", "guest.memory=4096 TiB")
     assert "this guest needs" in text and "are free" in text
 
 
 def test_a_guest_beyond_the_address_space_limit_is_refused_too():
-    pytest.importorskip("migsim.simulation")
     limited = "ulimit -v 6000000; exec \"$0\" -m migsim run configs/m2-ultramem-416.toml --set guest.memory=256TiB"
     done = subprocess.run(["bash", "-c", limited, sys.executable], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "are free" in done.stderr, done.stderr

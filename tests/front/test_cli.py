@@ -21,11 +21,10 @@ def result(**values) -> Result:
 
 @pytest.fixture
 def simulation(monkeypatch):
-    """The real module, with a free hand in what its run returns."""
-    module = pytest.importorskip("migsim.simulation")
+    """A free hand in what a run returns."""
 
     def returns(run):
-        monkeypatch.setattr(module, "run", run)
+        monkeypatch.setattr("migsim.simulation.run", run)
 
     return returns
 
@@ -115,6 +114,32 @@ def test_an_interrupt_leaves_the_rounds_so_far_in_the_json(simulation, tmp_path,
     assert "Interrupted" in capsys.readouterr().out
 
 
+CTRL_C = """
+import os, signal, sys
+from migsim import cli, simulation
+real = simulation.run
+def run(scenario, *, progress, **more):
+    def tick(now):
+        progress(now)
+        if len(now.rounds) >= 3:
+            os.kill(os.getpid(), signal.SIGINT)
+    return real(scenario, progress=tick, **more)
+simulation.run = run
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_real_ctrl_c_in_the_middle_of_a_migration(tmp_path):
+    path = tmp_path / "r.json"
+    endless = ["--set", "guest.memory=4 GiB", "--set", "migration.downtime-limit=300 ms"]
+    argv = [sys.executable, "-c", CTRL_C, "run", "configs/larger-downtime.toml", "--json", str(path), *endless]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    written = from_json(path.read_bytes())
+    assert written.interrupted and not written.converged and len(written.rounds) >= 3
+    assert done.stdout.startswith("Interrupted")
+
+
 def test_a_result_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     path.write_text("old")
@@ -127,7 +152,6 @@ def test_a_result_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeypatch
 
 
 def test_a_reader_that_leaves_early_does_not_change_the_exit_code(tmp_path):
-    pytest.importorskip("migsim.simulation")
     shell = f"set -o pipefail; '{sys.executable}' -m migsim run {TINY} --json - 2>/dev/null | true"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
