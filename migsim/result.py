@@ -39,6 +39,13 @@ class Round(Struct, frozen=True, kw_only=True, rename="kebab"):
     expected_downtime_ms: int = 0  # QEMU's estimate when the round ended
     cpu_throttle_percentage: int = 0
     stopped: bool = False  # the guest's vCPUs are stopped: the last round
+    guest_throughput_share: float = 1.0  # of the writes the workload wanted to make, how many it made
+    lock_waiting_share: float = 0.0  # of the running vCPUs' time, how much went into waiting for mmu_lock
+    lock_write_held_ns: int = 0  # mmu_lock held for write by the migration thread
+    longest_hold_ns: int = 0  # the longest of these holds
+    soft_lockups: int = 0  # 1: a hold above 20 s, the watchdog would warn
+    migration_thread_cpu_ns: int = 0
+    vcpu_stalls: dict[str, int] = field(default_factory=dict)  # upper bound in us ("more": above 1 s) to stalls
 
 
 class DowntimePart(Struct, frozen=True, kw_only=True, rename="kebab"):

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
+
+from msgspec import structs
 
 from migsim.fused import FusedRam
+from migsim.host_costs import HostCosts, Meters, RoundRow
 from migsim.migration.precopy import Interrupted, Knobs, Limits, Precopy, RoundLog
 from migsim.migration.ram import PS_PER_NS, Ram
 from migsim.qemu_costs import QemuCosts
+from migsim.qemu_options import loop_options
 from migsim.result import DowntimePart, Progress, Result, Round
 from migsim.scenario import Scenario
 from migsim.units import CHUNK_PAGES, GIB, NS_PER_S, PAGE_SIZE, chunks_of
@@ -32,6 +37,7 @@ ABOUT = {
     "ram": "pages dirty at the stop, at line rate",
     "device": "device state saved, sent and loaded",
     "flush": "last bytes on the way",
+    "discard": "pages still dirty named to the destination",
 }
 
 Fault = Callable[[World, Ram], None]
@@ -71,14 +77,15 @@ def run(
     the run with `interrupted` set and the rounds so far. Raises ScenarioError for what a scenario cannot ask for.
     """
     bulk = fused_serves(scenario) and not page_at_a_time
-    costs = QemuCosts(scenario, {})
+    host = HostCosts(scenario)
+    costs = QemuCosts(scenario, host.priced())
     world = World(scenario, costs, seed, bulk=bulk)
     loop: Precopy
 
     def tick(elapsed_ps: int) -> None:
         world.run_until(loop.now_ns + elapsed_ps // PS_PER_NS)
 
-    lazy = scenario.kvm.manual_dirty_log_protect != "off"
+    lazy = scenario.kvm.lazy_clear
     speed = link_bytes_per_s(scenario, 0)
     ram = Ram(world.memory, world.vm, world.slot_ids, costs.save(speed), lazy, tick, with_bitmaps=not bulk)
     if bulk:
@@ -86,28 +93,35 @@ def run(
         ram = FusedRam(ram, world.kvm_slots, world.workload, lambda: loop.now_ns, count, verify)
     if fault is not None:
         fault(world, ram)
+    meters = host.meters(world.workload, ram, world.meter.totals, len(world.slots))
     loop = Precopy(
         ram, world, _knobs(scenario), costs.loop(), _limits(scenario), lambda now: link_bytes_per_s(scenario, now),
-        progress=_Reporter(progress, scenario, ram, costs),
+        progress=_Reporter(progress, scenario, ram, costs, world, meters), **loop_options(scenario, seed),
     )  # fmt: skip
     interrupted = False
     try:
         loop.run()
     except (KeyboardInterrupt, Interrupted):
         interrupted = True
-    return _result(scenario, seed, world, ram, loop, costs, verify, interrupted)
+    meters.finish(loop.now_ns - loop.stats.downtime_ns)
+    return _result(scenario, seed, world, ram, loop, costs, verify, interrupted, host, meters)
 
 
 class _Reporter:
-    """Called between two windows: follows the link's phases, and tells the caller how far the run is."""
+    """Called between two windows: the link's phases, the guest's pace, and how far the run is."""
 
     def __init__(
-        self, progress: Callable[[Progress], None] | None, scenario: Scenario, ram: Ram, costs: QemuCosts
-    ) -> None:
+        self, progress: Callable[[Progress], None] | None, scenario: Scenario, ram: Ram, costs: QemuCosts,
+        world: World, meters: Meters,
+    ) -> None:  # fmt: skip
         self.progress, self.scenario, self.ram, self.costs = progress, scenario, ram, costs
+        self.world, self.meters = world, meters
         self.next_ns = 0
 
     def __call__(self, loop: Precopy) -> None:
+        slowdown = self.meters.window(loop.now_ns, loop.stats.dirty_sync_count)
+        if slowdown is not None:
+            self.world.workload.set_pace(self.world.workload.duty, slowdown)
         if self.scenario.link.phases:
             self.ram.costs = self.costs.save(link_bytes_per_s(self.scenario, loop.now_ns))
         if self.progress is None or loop.now_ns < self.next_ns:
@@ -147,12 +161,20 @@ def _round(row: RoundLog) -> Round:
     )  # fmt: skip
 
 
+def _costed(row: Round, cost: RoundRow, costs: QemuCosts) -> Round:
+    """The round with what it cost; the migration thread's own work on top of KVM's."""
+    own = row.sent_pages * costs.ns("qemu_page") + row.zero_pages * costs.ns("qemu_zero_page") + costs.ns("qemu_sync")
+    thread = cost.migration_thread_cpu_ns + round(own)
+    costed = structs.replace(row, **{**asdict(cost), "migration_thread_cpu_ns": thread})
+    return structs.replace(costed, guest_throughput_share=0.0) if row.stopped else costed
+
+
 def _result(
     scenario: Scenario, seed: int, world: World, ram: Ram, loop: Precopy, costs: QemuCosts, verify: bool,
-    interrupted: bool,
+    interrupted: bool, host: HostCosts, meters: Meters,
 ) -> Result:  # fmt: skip
     converged = loop.status == "completed"
-    rounds = tuple(_round(row) for row in loop.rounds)
+    rounds = tuple(_costed(_round(row), meters.row(row.sync), costs) for row in loop.rounds)
     parts = tuple(DowntimePart(name=name, duration_ns=ns, about=ABOUT[name]) for name, ns in loop.parts)
     checked = _verify(world, ram, converged) if verify else {}
     migration = loop.stats.reply(loop.status, ram.dirty_pages)
@@ -167,11 +189,12 @@ def _result(
         downtime=parts if converged else (),
         kvm=_kvm(world),
         host={
-            "profile": scenario.host.profile,
+            "profile": host.profile.name,
+            **meters.totals(),
             "assumed-ns": costs.assumed_costs(),
             "clear-calls": ram.clear_calls,
             "rearmed-pages": ram.rearmed_pages,
-            "memory": _host_memory(world, ram),
+            "memory": _host_memory(world, ram) | {"rmap-bytes": host.rmap_bytes()},
         },
         verify=checked,
     )
