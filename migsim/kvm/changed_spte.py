@@ -6,8 +6,11 @@ right and takes apart the tables that hung below. Source: Linux 6.13 and 5.10, a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from migsim.kvm.mmu_state import MmuState
-from migsim.kvm.paging import Sptep
+from migsim.kvm.paging import Sptep, huge_leafs, present_entries
+from migsim.kvm.plane_ranges import erase_range
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import ENTRIES, PG_LEVEL_4K
 from migsim.kvm.tdp_iter import TdpIter
@@ -61,6 +64,9 @@ def handle_removed_pt(mmu: MmuState, root: Root, table_pfn: int, *, shared: bool
 
     Shared: entries become FROZEN, so that a walker still inside cannot install into a dead table. The caller flushes.
     """
+    if mmu.at_once:
+        remove_at_once(mmu, root, table_pfn, shared=shared)
+        return
     level = root.level_of(table_pfn)
     untrack_nx(mmu, root, table_pfn)
     for entry in range(ENTRIES):
@@ -76,6 +82,44 @@ def handle_removed_pt(mmu: MmuState, root: Root, table_pfn: int, *, shared: bool
     if level == PG_LEVEL_4K and shared:
         root.dying.add(table_pfn)  # from here on every entry of it reads FROZEN
     mmu.rcu.call(lambda: root.free_table(table_pfn))
+
+
+def remove_at_once(mmu: MmuState, root: Root, table_pfn: int, *, shared: bool) -> None:
+    """The same for a whole tree of tables: rows are counted, planes erased, all pages freed by one RCU callback."""
+    first = root.gfn_of(Sptep(table_pfn, 0))
+    end = first + ENTRIES * pages_per_level(root.level_of(table_pfn))
+    for planes, at, count in root.planes_in(first, end):
+        mmu.stats.update_page_stats(PG_LEVEL_4K, -erase_range(planes, at, count))
+    for gfn in [gfn for gfn in root.mmio if first <= gfn < end]:
+        del root.mmio[gfn]
+    tables = list(_empty_rows(mmu, root, table_pfn, mmu.fmt.frozen if shared else mmu.fmt.nonpresent))
+    if len(mmu.nx):
+        for table in tables:
+            untrack_nx(mmu, root, table)
+    if shared and mmu.rcu.depth:
+        root.dying.update(table for table in tables if root.level_of(table) == PG_LEVEL_4K)
+
+    def free() -> None:
+        for table in tables:
+            root.free_table(table)
+
+    mmu.rcu.call(free)
+
+
+def _empty_rows(mmu: MmuState, root: Root, table_pfn: int, value: int) -> Iterator[int]:
+    """Set every entry of a table and of those below to `value`, counting huge leaves; yields the tables' frames."""
+    yield table_pfn
+    level = root.level_of(table_pfn)
+    if level == PG_LEVEL_4K:
+        return
+    row = root.tables[root.table_row(table_pfn)]
+    present, huge = present_entries(mmu.fmt, row), huge_leafs(mmu.fmt, row)
+    if huge.any():
+        mmu.stats.update_page_stats(level, -int(huge.sum()))
+    children = [mmu.fmt.pfn(spte) for spte in row[present & ~huge].tolist()]
+    row[:] = value
+    for child in children:
+        yield from _empty_rows(mmu, root, child, value)
 
 
 def untrack_nx(mmu: MmuState, root: Root, table_pfn: int) -> None:

@@ -106,6 +106,16 @@ class HostMm:
                 return level
         return PG_LEVEL_4K
 
+    def uniform_level(self, hva: int, size: int) -> int | None:
+        """The level of every page of [hva, hva + size) if one answer fits them all, else None."""
+        found = self._range(hva)
+        if found is None or hva + size > found.hva + found.size:
+            return None
+        if self._exception_in(hva >> PAGE_SHIFT, size >> PAGE_SHIFT):
+            return None
+        block = PAGE_SIZE << 9 * (found.level - 1)
+        return found.level if not hva % block and not size % block else None
+
     def writable(self, hva: int) -> bool:
         """Is the host's mapping of this page writable?"""
         found = self._range(hva)

@@ -200,6 +200,11 @@ class MmuState:
         self.write_tracked: dict[tuple[int, int], int] = {}  # (as_id, gfn) -> trackers
 
     @property
+    def at_once(self) -> bool:
+        """May large operations skip the step for every SPTE (nobody wants a tracepoint for each)?"""
+        return self.whole_slots and getattr(self.vm, "trace_sink", None) is None
+
+    @property
     def stats(self) -> Stats:
         """The VM's counters."""
         return self.vm.stats

@@ -267,9 +267,16 @@ class ShadowMmu:
         if self._idle():
             return False
         with self._write():
-            young = self._young(slot, start, end)
-            self._change_range(slot, start, end, lambda spte: mark_for_access_track(self.mmu.fmt, spte))
-        return young
+            roots = self._whole(slot, start, end) if self.mmu.ad_enabled else None
+            if roots is None:
+                young = self._young(slot, start, end)
+                self._change_range(slot, start, end, self._old)
+                return young
+            young = sum(whole_slot.age_range(self.mmu, root, start, end) for root in roots) > 0
+            return self._shadowed(slot, start, end, self._old, PG_LEVEL_4K) or young
+
+    def _old(self, spte: int) -> int:
+        return mark_for_access_track(self.mmu.fmt, spte)
 
     def test_age(self, slot: Memslot, start: int, end: int) -> bool:
         """Is any young?"""

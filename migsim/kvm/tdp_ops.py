@@ -10,13 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 from migsim.kvm import whole_slot
 from migsim.kvm.aging import age_range, test_age_range
+from migsim.kvm.collapse import collapse_slot
 from migsim.kvm.levels import PageFault
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.notifier import set_spte_gfn
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import PG_LEVEL_4K
-from migsim.kvm.tdp_log import DISABLE_FORMS, clear_dirty_pt_masked, clear_dirty_range, split_range, wrprot_range
+from migsim.kvm.tdp_log import clear_dirty_pt_masked, clear_dirty_range, split_range, wrprot_range
 from migsim.kvm.tdp_mmu import RetPf, tdp_mmu_map
 from migsim.kvm.write_protect import write_protect_gfn
 from migsim.kvm.zap import invalidate_all_roots, zap_invalidated_roots, zap_leafs, zap_root
@@ -68,10 +69,8 @@ class TdpMmu:
 
     def collapse_slot(self, slot: Memslot) -> bool:
         """Logging is off: make small mappings huge again, in the vintage's way."""
-        form = self.mmu.vintage.disable
-        recover = DISABLE_FORMS[form]
         with self.mmu.lock.read():
-            return sum(recover(self.mmu, root, slot) for root in self.mmu.roots.valid(slot.as_id)) > 0
+            return sum(collapse_slot(self.mmu, root, slot) for root in self.mmu.roots.valid(slot.as_id)) > 0
 
     # -- zapping -----------------------------------------------------------------------------------------------------
 

@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migsim.kvm.host_mm import LEAF_TABLE_PFN_BASE
-from migsim.kvm.leaf_planes import LeafPlanes
 from migsim.kvm.make_spte import make_nonleaf_spte, make_split_spte
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.paging import huge_leafs
+from migsim.kvm.plane_ranges import clear_range, erase_range
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import ENTRIES, MAX_HUGEPAGE_LEVEL, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
 from migsim.kvm.tdp_log import log_bit
-from migsim.planes import Plane
 from migsim.units import CHUNK_PAGES, PAGE_SHIFT, REGION_PAGES, pages_per_level
 
 Row = NDArray[np.uint64]
@@ -28,7 +27,7 @@ Row = NDArray[np.uint64]
 
 def suits(mmu: MmuState, pages: int) -> bool:
     """Is a range large enough for these forms (and nobody wants a tracepoint for every SPTE)?"""
-    return mmu.whole_slots and not mmu.vintage.zaps_tables and pages >= mmu.whole_slots_min_pages
+    return mmu.at_once and not mmu.vintage.zaps_tables and pages >= mmu.whole_slots_min_pages
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
@@ -40,37 +39,6 @@ def _entries(root: Root, level: int, start: int, end: int) -> Iterator[tuple[Row
     for row, base in list(root.tables_at(level, start, end)):
         low, high = max(start - base, 0) // span, min(-(-(end - base) // span), ENTRIES)
         yield root.tables[row, low:high], base + low * span, row
-
-
-def _count_range(plane: Plane, first: int, count: int) -> int:
-    """Pages set in [first, first + count)."""
-    if first % 64:
-        head = min(64 - first % 64, count)
-        ones = sum(plane.get(i) for i in range(first, first + head))
-        return ones + _count_range(plane, first + head, count - head) if count > head else ones
-    total = 0
-    while count > 0:
-        step = min(count, CHUNK_PAGES - first % CHUNK_PAGES)
-        if plane.full[first // CHUNK_PAGES]:
-            total += step
-        else:
-            total += int(np.bitwise_count(plane.slice_words(first, step)).sum())
-        first, count = first + step, count - step
-    return total
-
-
-def _clear_range(plane: Plane | None, first: int, count: int) -> bool:
-    """Clear a range chunk by chunk, not touching memory where nothing is set; True if something was."""
-    changed = False
-    while plane is not None and count > 0:
-        chunk = first // CHUNK_PAGES
-        step = min(count, (chunk + 1) * CHUNK_PAGES - first)
-        words = plane.words[first >> 6 : (first + step + 63) >> 6]
-        if (plane.full[chunk] or words.any()) and _count_range(plane, first, step):
-            plane.clear_range(first, step)
-            changed = True
-        first, count = first + step, count - step
-    return changed
 
 
 def _clear_leaf_bit(mmu: MmuState, root: Root, start: int, end: int, bit: int) -> bool:
@@ -93,7 +61,7 @@ def wrprot_range(mmu: MmuState, root: Root, start: int, end: int, min_level: int
     changed = _clear_leaf_bit(mmu, root, start, end, mmu.fmt.writable)
     if min_level == PG_LEVEL_4K:
         for planes, first, count in root.planes_in(start, end):
-            changed = _clear_range(planes.writable, first, count) or changed
+            changed = clear_range(planes.writable, first, count) or changed
     return changed
 
 
@@ -103,7 +71,7 @@ def clear_dirty_range(mmu: MmuState, root: Root, start: int, end: int) -> bool:
     changed = _clear_leaf_bit(mmu, root, start, end, bit)
     for planes, first, count in root.planes_in(start, end):
         plane = planes.writable if bit == mmu.fmt.writable else planes.dirty
-        changed = _clear_range(plane, first, count) or changed
+        changed = clear_range(plane, first, count) or changed
     return changed
 
 
@@ -111,7 +79,7 @@ def clear_dirty_leafs_4k(mmu: MmuState, root: Root, slot: Memslot) -> bool:
     """Of clear_dirty_range the part that 4K rmaps reach."""
     planes = root.leaf[slot.id]
     plane = planes.writable if log_bit(mmu, root, wrprot=False) == mmu.fmt.writable else planes.dirty
-    return _clear_range(plane, 0, slot.npages)
+    return clear_range(plane, 0, slot.npages)
 
 
 def leafs_of(mmu: MmuState, root: Root, slot: Memslot, level: int) -> Iterator[int]:
@@ -194,16 +162,6 @@ def zap_leafs(mmu: MmuState, root: Root, start: int, end: int, *, flush: bool = 
     return flush or (zapped > 0 and not root.invalid)
 
 
-def erase_range(planes: LeafPlanes, first: int, count: int) -> int:
-    """Make 4K leaves non-present; returns how many there were."""
-    present = _count_range(planes.present, first, count)
-    if present:
-        for plane in planes.planes():
-            _clear_range(plane, first, count)
-        planes.forget_frames(first, count)
-    return present
-
-
 def zap_root(mmu: MmuState, root: Root) -> None:
     """zap.zap_root: the structure becomes an empty root table."""
     for level in range(PG_LEVEL_2M, MAX_HUGEPAGE_LEVEL + 1):
@@ -222,7 +180,7 @@ def age_range(mmu: MmuState, root: Root, start: int, end: int) -> bool:
     """aging.age_range, for leaves with A/D bits; without them page by page (each becomes access-tracked)."""
     young = _clear_leaf_bit(mmu, root, start, end, mmu.fmt.accessed)
     for planes, first, count in root.planes_in(start, end):
-        young = _clear_range(planes.accessed, first, count) or young
+        young = clear_range(planes.accessed, first, count) or young
     return young
 
 

@@ -61,7 +61,7 @@ def zap_table(mmu: MmuState, root: Root, table_pfn: int) -> bool:
 
 def zap_root(mmu: MmuState, root: Root) -> None:
     """Empty a root in passes at 4K, 2M, 1G and the root's level, so that no single step is long (Linux 6.9)."""
-    if mmu.whole_slots and sum(root.n_tables) > WHOLE_ROOT_TABLES:
+    if mmu.at_once and sum(root.n_tables) > WHOLE_ROOT_TABLES:
         whole_slot.zap_root(mmu, root)
         return
     for level in (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, root.level):
