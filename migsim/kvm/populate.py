@@ -12,7 +12,7 @@ from migsim.kvm.host_mm import LEAF_TABLE_PFN_BASE, TABLE_PFN_BASE, linear_pfn
 from migsim.kvm.make_spte import make_nonleaf_spte, make_spte
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
-from migsim.kvm.paging import Sptep
+from migsim.kvm.paging import Sptep, huge_leafs
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import ACC_ALL, ENTRIES, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, spte_index
 from migsim.units import LEVEL_BITS, PAGE_SHIFT, pages_per_level
@@ -135,9 +135,7 @@ def _split_2m(mmu: MmuState, root: Root, slot: Memslot, table: int, gfn: int, en
     row = root.tables[table - TABLE_PFN_BASE]
     first = spte_index(gfn, PG_LEVEL_2M)
     entries = row[first : first + -(-(end - gfn) // span)]
-    leaf = (entries & np.uint64(fmt.mmu_present | 1 << 7)) == np.uint64(fmt.mmu_present | 1 << 7)
-    assert fmt.mmu_present, "whole-range splitting needs the MMU-present bit (Linux 5.13)"
-    which = np.flatnonzero(leaf)
+    which = np.flatnonzero(huge_leafs(fmt, entries))
     if not len(which):
         return
     values = np.unique(entries[which] & ~np.uint64(((1 << 40) - 1) << PAGE_SHIFT))
