@@ -162,8 +162,9 @@ def _round(row: RoundLog) -> Round:
 
 
 def _costed(row: Round, cost: RoundRow, costs: QemuCosts) -> Round:
-    """The round with what it cost; the migration thread's own work on top of KVM's."""
-    own = row.sent_pages * costs.ns("qemu_page") + row.zero_pages * costs.ns("qemu_zero_page") + costs.ns("qemu_sync")
+    """The round with what it cost; the migration thread's own work on top of KVM's (multifd's channels are others)."""
+    page, zero = ("qemu_page_multifd",) * 2 if costs.multifd else ("qemu_page", "qemu_zero_page")
+    own = row.sent_pages * costs.ns(page) + row.zero_pages * costs.ns(zero) + costs.ns("qemu_sync")
     thread = cost.migration_thread_cpu_ns + round(own)
     costed = structs.replace(row, **{**asdict(cost), "migration_thread_cpu_ns": thread})
     return structs.replace(costed, guest_throughput_share=0.0) if row.stopped else costed

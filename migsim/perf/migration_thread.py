@@ -32,6 +32,8 @@ def price(counts: Counts, host: HostProfile) -> float:
 def clear_cost(rules: Rules, host: HostProfile, vcpus: int, *, pml: bool) -> ClearCost:
     """The cost of CLEAR under `rules`: through rmaps, or 64 pages a walk from the root."""
     call = host.ns("tlb-flush") + vcpus * (host.ns("tlb-flush-vcpu") + (host.ns("vcpu-kick") if pml else 0.0))
+    if "kvm-clear" in host.costs:
+        call = host.ns("kvm-clear")
     if "kvm-clear-page" in host.costs:  # measured whole on that host
         return ClearCost(call, host.ns("kvm-clear-page"), host.ns("split-table"))
     word = host.ns("bitmap-word") / 64
