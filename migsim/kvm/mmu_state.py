@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from migsim.kvm.config import VmConfig
@@ -216,6 +216,10 @@ class MmuState:
     def is_write_tracked(self, slot: Memslot, gfn: int) -> bool:
         """Must stores to gfn reach the MMU (kvm_gfn_is_write_tracked)?"""
         return self.write_tracked.get((slot.as_id, gfn), 0) > 0
+
+    def aging_lock(self) -> AbstractContextManager[bool]:
+        """What aging holds: nothing but RCU today, mmu_lock for read before (exclusive where there is no other)."""
+        return nullcontext(True) if self.vintage.lockless_aging else self.lock.read()
 
     def flush_gfn(self, root: Root, gfn: int, pages: int) -> None:
         """Forget translations of a range on every vCPU before going on."""

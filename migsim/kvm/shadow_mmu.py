@@ -266,7 +266,7 @@ class ShadowMmu:
         """Make old; True if one was young."""
         if self._idle():
             return False
-        with self._write():
+        with self.mmu.aging_lock():
             roots = self._whole(slot, start, end) if self.mmu.ad_enabled else None
             if roots is None:
                 young = self._young(slot, start, end)
@@ -282,7 +282,7 @@ class ShadowMmu:
         """Is any young?"""
         if self._idle():
             return False
-        with self._write():
+        with self.mmu.aging_lock():
             return self._young(slot, start, end)
 
     def _young(self, slot: Memslot, start: int, end: int) -> bool:

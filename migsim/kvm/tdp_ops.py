@@ -107,12 +107,12 @@ class TdpMmu:
     def age(self, slot: Memslot, start: int, end: int) -> bool:
         """Make old; True if one was young."""
         age = whole_slot.age_range if self.mmu.ad_enabled and whole_slot.suits(self.mmu, end - start) else age_range
-        with self.mmu.lock.read():
+        with self.mmu.aging_lock():
             return sum(age(self.mmu, root, start, end) for root in self.mmu.roots.valid(slot.as_id)) > 0
 
     def test_age(self, slot: Memslot, start: int, end: int) -> bool:
         """Is any young?"""
-        with self.mmu.lock.read():
+        with self.mmu.aging_lock():
             return any(test_age_range(self.mmu, root, start, end) for root in self.mmu.roots.valid(slot.as_id))
 
     def set_spte_gfn(self, slot: Memslot, gfn: int, pfn: int, *, writable: bool) -> bool:

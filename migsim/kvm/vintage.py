@@ -25,6 +25,7 @@ class Vintage:
     does: 5.10 tests the wrong frame and zaps nothing
     (fixed by 3eda3381), then leaf by leaf, then tables (5ba7c4c6), then in-place recovery (6.13). nx_skips_logged: NX
     recovery leaves tables of logged slots (eb298605). write_protected: RET_PF_WRITE_PROTECTED exists (6.12).
+    lockless_aging: aging needs RCU alone, or the rmap head's lock bit (6.14).
     tdp: the TDP MMU serves direct roots; else the shadow MMU does.
     """
 
@@ -44,10 +45,12 @@ class Vintage:
     disable: DisableForm = "recover"
     nx_skips_logged: bool = True
     write_protected: bool = True
+    lockless_aging: bool = True
 
 
 TDP: Final = Vintage("tdp")
-TDP_6_8: Final = replace(TDP, name="tdp-6.8", disable="zap-tables", write_protected=False, changed_pte=True)
+TDP_6_8: Final = replace(TDP, name="tdp-6.8", disable="zap-tables", write_protected=False,
+                          changed_pte=True, lockless_aging=False)  # fmt: skip
 TDP_5_19: Final = replace(TDP_6_8, name="tdp-5.19", splits_on_fault=False, nx_skips_logged=False)
 TDP_5_15: Final = replace(TDP_5_19, name="tdp-5.15", eager_split=False, disable="zap-leafs")
 TDP_5_10: Final = Vintage(
@@ -66,6 +69,7 @@ TDP_5_10: Final = Vintage(
     disable="zap-nothing",
     nx_skips_logged=False,
     write_protected=False,
+    lockless_aging=False,
 )
 SHADOW: Final = replace(
     TDP, name="shadow", tdp=False, shared_lock=False, eager_split=False, splits_on_fault=False, disable="zap-leafs"

@@ -10,8 +10,9 @@ from migsim.kvm.changed_spte import handle_changed_spte, set_spte, zap_spte_atom
 from migsim.kvm.config import VmConfig
 from migsim.kvm.tdp_iter import for_each_tdp_pte
 from migsim.kvm.tdp_mmu import RetPf
-from migsim.kvm.vintage import TDP_5_10
+from migsim.kvm.vintage import TDP_5_10, VINTAGES
 from migsim.kvm.zap import zap_leafs
+from migsim.sim.meter import CountingMeter
 
 PAGE = 4096
 TDP = VmConfig(smm=False)
@@ -253,4 +254,18 @@ def test_a_tracked_gfn_forbids_huge_pages_over_it(mmu_guest) -> None:
     guest.mmu.untrack_writes(guest.slot, 5)
     with pytest.raises(AssertionError, match="is not write-tracked"):
         guest.mmu.untrack_writes(guest.slot, 5)
+    guest.close()
+
+
+@pytest.mark.parametrize(("name", "locks"), [("tdp", 0), ("tdp-6.8", 2), ("shadow", 0)])
+def test_aging_takes_mmu_lock_only_in_older_kernels(mmu_guest, name: str, locks: int) -> None:
+    guest = mmu_guest(TDP, level=1, vintage=VINTAGES[name])
+    guest.write(5)
+    meter = CountingMeter()
+    guest.mmu.lock._meter = meter
+    guest.mmu.age_gfn_range(guest.slot, 5, 6)
+    guest.mmu.test_age_gfn(guest.slot, 5)
+    assert meter.totals.get("mmu_lock_read", 0) + meter.totals.get("mmu_lock_write", 0) >= locks
+    assert bool(meter.totals) == bool(locks)
+    guest.vm.flush_remote_tlbs()
     guest.close()
