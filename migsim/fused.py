@@ -42,7 +42,7 @@ from migsim.guest.memory import RamBlock
 from migsim.guest.workload import Workload
 from migsim.kvm.bulk import COUNTS_LEN
 from migsim.migration.ram import BlockState, KvmSlot, Ram, Saved, SaveLimits
-from migsim.migration.ram_kernels import DUPLICATE, ELAPSED_PS, END_OF_SPAN, NORMAL, STATE_LEN, USED
+from migsim.migration.ram_kernels import DUPLICATE, ELAPSED_PS, END_OF_SPAN, NORMAL, STATE_LEN, USED, next_dirty
 from migsim.planes import Plane, Words
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, chunks_of
 
@@ -208,11 +208,20 @@ class FusedRam(Ram):
         while self.dirty_pages and why == END_OF_SPAN:
             extent = next((e for e in self.extents[self.block_index] if e.first <= self.page < e.end), None)
             before = state[NORMAL] + state[DUPLICATE]
+            if extent is not None and self._dirty_from_here(extent):
+                self.name_block(state)
             why = self._send_plain(state, limits) if extent is None else self._send(extent, limits, start, state)
             self.dirty_pages -= int(state[NORMAL] + state[DUPLICATE] - before) if extent is not None else 0
             if self.page >= self.blocks[self.block_index].block.pages:
                 self.block_index, self.page = (self.block_index + 1) % len(self.blocks), 0
         return Saved(int(state[NORMAL]), int(state[DUPLICATE]), int(state[USED]), int(state[ELAPSED_PS]), why)
+
+    def _dirty_from_here(self, extent: Extent) -> bool:
+        """Will this extent send a page? Looked at only where the block changes, for the name in the stream."""
+        if self.last_sent_block == self.block_index:
+            return False
+        bmap = self.blocks[self.block_index].bmap
+        return next_dirty(bmap.words, bmap.full, self.page, extent.end, 0, np.zeros(STATE_LEN, dtype=np.int64)) >= 0
 
     def _send(self, extent: Extent, limits: SaveLimits, start_ns: int, state: Ints) -> int:
         counts, results = np.zeros(COUNTS_LEN, dtype=np.int64), _results()

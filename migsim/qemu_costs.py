@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from migsim.migration.precopy import LoopCosts
+from migsim.guest.memory import layout
+from migsim.migration.loop_types import LoopCosts
+from migsim.migration.policies.auto_converge import TIMESLICE_NS
 from migsim.migration.ram import PS_PER_NS, SaveCosts
+from migsim.migration.wire import NORMAL_PAGE, ZERO_PAGE, RamBlockName, stream_setup
 from migsim.scenario import Scenario
-from migsim.units import NS_PER_S, PAGE_SIZE
-
-PAGE_HEADER_BYTES = 8
-ZERO_PAGE_BYTES = 9
-MULTIFD_PACKET_PAGES = 128
-MULTIFD_PACKET_BYTES = 320 + 8 * MULTIFD_PACKET_PAGES
+from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
 
 #: ns each, assumed where a host profile says nothing: a 2.7 GHz server, TCP, not measured here.
 ASSUMED_NS: Mapping[str, float] = {
     "qemu_page": 1600.0,  # read, zero test, copy into the socket: one thread sends about 20 Gbit/s
     "qemu_page_multifd": 120.0,  # the main thread finds the page and queues it
     "multifd_page": 1300.0,  # one channel reads, tests and sends it
+    "qemu_page_after_sleep": 1600.0,  # the same in a thread that sleeps most of each window: caches and clock are cold
+    "qemu_page_kvm": 0.0,  # more, where reading guest memory costs KVM's shadow pages something
     "qemu_zero_page": 350.0,  # read 4 KiB, find nothing
     "qemu_bitmap_word": 1.0,
     "qemu_section": 2_000.0,
@@ -33,7 +33,15 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_stop": 2_000_000.0,
     "qemu_stop_vcpu": 20_000.0,
     "qemu_device_state": 10_000_000.0,
+    "qemu_resume": 0.0,  # from the source's end until the destination's vCPUs run
     "qemu_setup": 1_000_000.0,
+    "qemu_wake": 80_000.0,  # a timed wait ends late: timer slack of 50 us and a wake-up
+    "qemu_window": 80_000.0,  # reading the clock, flushing the stream, reading it again
+    "qemu_throttle_wake": 90_000.0,  # a throttled vCPU's sleep ends late
+    "qemu_throttle_tick_tcg": 0.0,  # share by which a throttle tick is late, of the part of a sleep beyond 4 ms
+    "qemu_postcopy_page": 3_000.0,  # sent, received, placed with UFFDIO_COPY
+    "qemu_postcopy_discard_page": 130.0,  # a dirty page named to the destination and discarded there
+    "qemu_postcopy_run": 6_000_000.0,  # package received and loaded until the destination's vCPUs run
 }
 
 
@@ -55,26 +63,55 @@ class QemuCosts:
 
     def save(self, link_bytes_per_s: float) -> SaveCosts:
         """Costs of a page on a link of that speed: the slowest of thread, channels and wire sets the pace."""
-        normal_bytes = PAGE_SIZE + PAGE_HEADER_BYTES
-        thread_ns, zero_ns = self.ns("qemu_page"), self.ns("qemu_zero_page")
+        thread_ns, zero_ns, normal_bytes = self._page_ns(), self.ns("qemu_zero_page"), NORMAL_PAGE
         if self.multifd:
             channels = self.scenario.migration.multifd_channels
-            normal_bytes = PAGE_SIZE + -(-MULTIFD_PACKET_BYTES // MULTIFD_PACKET_PAGES)
+            normal_bytes = PAGE_SIZE  # packets are counted by migration.multifd
             thread_ns = max(self.ns("qemu_page_multifd"), self.ns("multifd_page") / channels)
-            zero_ns = max(self.ns("qemu_page_multifd"), zero_ns / channels)
+            if self.scenario.migration.compat != "7.2":  # channels look for zero pages since 9.0
+                zero_ns = max(self.ns("qemu_page_multifd"), zero_ns / channels)
         return SaveCosts(
             normal_ps=round(max(thread_ns * PS_PER_NS, _wire_ps(normal_bytes, link_bytes_per_s))),
-            zero_ps=round(max(zero_ns * PS_PER_NS, _wire_ps(ZERO_PAGE_BYTES, link_bytes_per_s))),
+            zero_ps=round(max(zero_ns * PS_PER_NS, _wire_ps(ZERO_PAGE, link_bytes_per_s))),
             word_ps=round(self.ns("qemu_bitmap_word") * PS_PER_NS),
             clear_ps=round(self.ns("kvm_clear") * PS_PER_NS),
             clear_page_ps=round(self.ns("kvm_clear_page") * PS_PER_NS),
             normal_bytes=normal_bytes,
-            zero_bytes=ZERO_PAGE_BYTES,
+            zero_bytes=ZERO_PAGE,
         )
+
+    def _page_ns(self) -> float:
+        """What the thread pays for a page: it is dearer to one that sleeps off its rate limit in every window."""
+        limit, busy_ns = self.scenario.migration.max_bandwidth, self.ns("qemu_page")
+        sleeps = limit and limit / PAGE_SIZE * busy_ns < NS_PER_S
+        page_ns = self.ns("qemu_page_after_sleep") if sleeps else busy_ns
+        return page_ns + (self.ns("qemu_page_kvm") if self.scenario.kvm.accel == "kvm" else 0.0)
+
+    def throttle_tick_delay_ns(self, percentage: int) -> int:
+        """How much later than asked the throttle timer fires under TCG; long sleeps hold up the main loop more."""
+        if self.scenario.kvm.accel != "tcg" or not percentage:
+            return 0
+        sleep_ns = TIMESLICE_NS * percentage / (100 - percentage)
+        return round(self.ns("qemu_throttle_tick_tcg") * max(0.0, sleep_ns - 4 * NS_PER_MS))
+
+    def setup_bytes(self) -> int:
+        """The stream before its first page: header, machine type, RAM's blocks."""
+        guest, compat = self.scenario.guest, self.scenario.migration.compat
+        machine = f"pc-i440fx-{compat}" if guest.machine == "pc" else f"pc-q35-{compat}"
+        blocks = [(name, pages) for name, pages, _ in layout(guest.memory, guest.numa_nodes, guest.machine)]
+        blocks += [(rom.name, rom.size // PAGE_SIZE) for rom in guest.rom]
+        return stream_setup(machine, [RamBlockName(name, pages) for name, pages in blocks])
 
     def loop(self) -> LoopCosts:
         """Costs of the loop's own steps."""
         return LoopCosts(
+            setup_bytes=self.setup_bytes(),
+            resume_ns=round(self.ns("qemu_resume")),
+            wake_ns=round(self.ns("qemu_wake")),
+            window_ns=round(self.ns("qemu_window")),
+            discard_page_ns=self.ns("qemu_postcopy_discard_page"),
+            postcopy_page_ns=self.ns("qemu_postcopy_page"),
+            postcopy_run_ns=round(self.ns("qemu_postcopy_run")),
             sync_ns=round(self.ns("qemu_sync")),
             sync_page_ps=round(self.ns("qemu_sync_page") * PS_PER_NS),
             section_ns=round(self.ns("qemu_section")),

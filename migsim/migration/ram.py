@@ -86,6 +86,7 @@ class Saved:
     page_bytes: int
     elapsed_ps: int
     why: int  # END_OF_SPAN: nothing dirty is left
+    channel_bytes: int = 0  # of page_bytes, on multifd's channels
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Ram:
         ]
         self.dirty_pages = memory.pages  # migration_dirty_pages
         self.block_index = self.page = 0  # where the scan stands: last_seen_block, last_page
+        self.last_sent_block = -1  # the stream names a block only when it changes
         self.rearmed_pages = self.clear_calls = 0
 
     @property
@@ -181,7 +183,16 @@ class Ram:
             return END_OF_SPAN
         self.page = found
         why = int(must_stop(vector, limits.bytes, limits.ps))  # QEMU looks before it clears the chunk
-        return why if why != END_OF_SPAN else self._save_chunk(state, found, limits, vector)
+        if why != END_OF_SPAN:
+            return why
+        self.name_block(vector)
+        return self._save_chunk(state, found, limits, vector)
+
+    def name_block(self, vector: Ints) -> None:
+        """The first page after one of another block carries the block's name."""
+        if self.last_sent_block != self.block_index:
+            self.last_sent_block = self.block_index
+            vector[USED] += 1 + len(self.blocks[self.block_index].block.idstr)
 
     def _next_dirty(self, state: BlockState, vector: Ints) -> int:
         """The first dirty page of the block from `self.page` on, or -1."""

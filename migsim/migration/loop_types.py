@@ -1,0 +1,111 @@
+"""What the migration loop is made of: the seams to RAM and machine, its knobs, costs and limits, a round's row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from migsim.migration.ram import Saved, SaveLimits
+
+
+class RamState(Protocol):
+    """What the loop asks of RAM (migration.ram, migsim.fused for the same in fewer visits, and what wraps them)."""
+
+    @property
+    def dirty_pages(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+    def sync(self) -> int:
+        """migration_bitmap_sync: how many pages became dirty."""
+
+    def save(self, limits: SaveLimits) -> Saved:
+        """ram_save_iterate until a limit or until nothing is dirty."""
+
+
+class Machine(Protocol):
+    """The source VM and its host, as the loop can touch them."""
+
+    def log_start(self) -> int:
+        """Start dirty logging on every slot, allocate bitmaps; ns it took."""
+
+    def log_stop(self) -> None:
+        """Stop dirty logging."""
+
+    def run_until(self, now_ns: int) -> None:
+        """The guest has run until now."""
+
+    def stop(self) -> int:
+        """vm_stop; ns until every vCPU stood still (the guest ran until this call)."""
+
+    def resume(self) -> None:
+        """The guest runs again on the source."""
+
+    def set_throttle(self, percentage: int) -> None:
+        """cpu-throttle-percentage of every vCPU; 0 none."""
+
+    def sync_wait_ns(self, percentage: int, chance: float) -> int:
+        """How long a sync waits for throttled vCPUs; `chance` in (0, 1) says where in their sleep they are."""
+
+    def missing_page_requests(self, missing_pages: int, push_ns: int) -> int:
+        """Post-copy: how many pages the running guest asked for while `missing_pages` were pushed over `push_ns`."""
+
+
+@dataclass(frozen=True)
+class LoopCosts:
+    """Times of the loop's own steps, ns unless named otherwise, and sizes; from host profile and stream format."""
+
+    sync_ns: int  # one bitmap sync, whatever the size
+    sync_page_ps: int  # and for each page of RAM (bitmap copied and scanned)
+    section_ns: int  # one call of the RAM handler
+    device_bytes: int
+    device_ns: int  # saving and, with a return path, loading device state
+    flush_ns: int  # the last bytes reach the destination: latency of the link
+    resume_ns: int = 0  # from the source's end to the destination's vCPUs running
+    wake_ns: int = 0  # a timed wait ends this much late, on average
+    window_ns: int = 0  # between reading the clock and starting the next window, on average
+    setup_bytes: int = 0  # stream header, configuration and RAM's setup section
+    section_header_bytes: int = 5  # written before a section's first page
+    discard_page_ns: float = 0.0  # post-copy: naming one dirty page to the destination
+    postcopy_page_ns: float = 0.0  # post-copy: one page sent, received and placed
+    postcopy_run_ns: int = 0  # post-copy: from the package sent to the destination's vCPUs running
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends a migration that does not converge."""
+
+    time_ns: int | None = None
+    rounds: int | None = None
+    cancel_ns: int | None = None
+    switchover_pause_ns: int = 0
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The MigrationParameters the loop reads; bytes/s and ms."""
+
+    max_bandwidth: int = 134217728
+    downtime_limit_ms: int = 300
+    avail_switchover_bandwidth: int = 0
+    max_postcopy_bandwidth: int = 0
+    pause_before_switchover: bool = False
+    postcopy_ram: bool = False
+    compat: str = "10.0"
+
+
+@dataclass
+class RoundLog:
+    """One row a bitmap sync, filled in when the next sync or the end comes."""
+
+    sync: int
+    start_ns: int
+    dirty_pages: int
+    new_dirty_pages: int
+    sent_pages: int = 0
+    zero_pages: int = 0
+    transferred_bytes: int = 0
+    duration_ns: int = 0
+    threshold_bytes: int = 0
+    expected_downtime_ms: int = 0
+    cpu_throttle_percentage: int = 0
+    stopped: bool = False
