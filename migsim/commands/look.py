@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
 from migsim.quantities import in_words
 from migsim.scenario import Scenario, ScenarioError
 
-__all__ = ["free_memory", "refuse_unwritable", "require_memory"]
+__all__ = ["compiled", "free_memory", "refuse_unwritable", "require_memory"]
 
+_PACKAGE = Path(__file__).parents[1]
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -45,6 +47,12 @@ def free_memory() -> int:
     if limit != resource.RLIM_INFINITY:
         free = min(free, max(0, limit - int(psutil.Process().memory_info().vms)))
     return free if group is None else min(free, group)
+
+
+def compiled() -> bool:
+    """Are there compiled kernels from an earlier run? Without them the first run compiles for some seconds."""
+    places = [Path(place) for place in (os.environ.get("NUMBA_CACHE_DIR"), _PACKAGE) if place]
+    return os.environ.get("NUMBA_DISABLE_JIT") == "1" or any(any(place.rglob("*.nbi")) for place in places)
 
 
 def _group_room() -> int | None:

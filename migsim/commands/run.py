@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from migsim.commands.look import refuse_unwritable, require_memory
+from migsim.commands.look import compiled, refuse_unwritable, require_memory
 from migsim.scenario import Scenario, ScenarioError, json_schema, load
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def run_run(arguments: argparse.Namespace) -> int:
     if arguments.json not in (None, "-"):
         refuse_unwritable(arguments.json)
     require_memory(scenario, verify=not arguments.no_verify)
+    if not arguments.quiet and not compiled():
+        print("migsim: compiling the kernels, once after an install ...", file=sys.stderr, flush=True)
     result = _migrate(scenario, arguments)
     _deliver(result, arguments)
     return result.exit_code

@@ -155,3 +155,11 @@ def test_a_reader_that_leaves_early_does_not_change_the_exit_code(tmp_path):
     shell = f"set -o pipefail; '{sys.executable}' -m migsim run {TINY} --json - 2>/dev/null | true"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_first_run_says_that_it_compiles(simulation, monkeypatch, capsys):
+    simulation(lambda scenario, **_: result())
+    for compiled in (False, True):
+        monkeypatch.setattr("migsim.commands.run.compiled", lambda answer=compiled: answer)
+        assert cli.main(["run", TINY]) == 0
+        assert ("compiling" in capsys.readouterr().err) == (not compiled)
