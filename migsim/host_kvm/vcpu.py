@@ -15,8 +15,8 @@ from migsim.host_kvm.stats import read_stats
 from migsim.kvm import uapi
 
 CONTROL_BYTES = 256 << 10  # a vCPU's share of the control slot: code in the lower half, loaded values above
-_CODE_BYTES = CONTROL_BYTES // 2
-OPS_PER_ENTRY = min((_CODE_BYTES - 1) // OP_BYTES_MAX, (CONTROL_BYTES - _CODE_BYTES) // 4)
+CODE_BYTES = CONTROL_BYTES // 2
+OPS_PER_ENTRY = min((CODE_BYTES - 1) // OP_BYTES_MAX, (CONTROL_BYTES - CODE_BYTES) // 4)
 
 
 class HostExit(NamedTuple):
@@ -80,7 +80,7 @@ class HostVcpu:
 
     def _enter(self, ops: Sequence[Op]) -> HostExit:
         base = self._control_gpa + self._control_offset
-        program = assemble(ops, base + _CODE_BYTES)
+        program = assemble(ops, base + CODE_BYTES)
         self._finish_mmio()
         self._control.write(self._control_offset, program.code)
         self._set_rip(base)
@@ -90,7 +90,7 @@ class HostVcpu:
             self._mmio_pending = True
             done -= self._mmio_is_write()  # KVM has stepped over the store whose bytes it hands to user space
         loads = sum(1 for kind, _, _ in ops[:done] if kind == "r")
-        raw = self._control.read(self._control_offset + _CODE_BYTES, 4 * loads)
+        raw = self._control.read(self._control_offset + CODE_BYTES, 4 * loads)
         return HostExit(reason, done, tuple(int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw), 4)))
 
     def _kvm_run(self) -> int:

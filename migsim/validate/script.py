@@ -10,11 +10,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from migsim.units import PAGE_SIZE, words_of
-from migsim.validate.door import Op, VcpuDoor, VmDoor
+from migsim.validate.door import Op, VcpuDoor
+from migsim.validate.inside import Inside, Race, Raced, arm, perform
 
 ARENA_BYTES = 16 << 20
 RAW = 1 << 62
@@ -108,7 +110,8 @@ class HostRead:
     hva: int
 
 
-Step = Extension | Cap | CreateVcpu | Region | Get | Clear | Reset | Run | Harvest | HostWrite | HostRead
+Ioctl = Extension | Cap | CreateVcpu | Region | Get | Clear | Reset | Run
+Step = Ioctl | Harvest | HostWrite | HostRead | Inside | Race
 
 
 @dataclass(frozen=True)
@@ -132,21 +135,37 @@ def refused(name: str) -> Answer:
 
 
 class Player:
-    """Plays steps on one VM.  ``vcpus`` in creation order; ``rings`` whether a ring capability was enabled."""
+    """Plays steps on one VM.  ``vcpus`` in creation order."""
 
-    def __init__(self, vm: VmDoor) -> None:
-        self.vm = vm
-        self.arena = vm.alloc_memory(ARENA_BYTES)
+    def __init__(self, vm: Any, arena_bytes: int | None = None, level: int = 1) -> None:
+        """``arena_bytes`` of host memory (16 MiB by default); ``level`` > 1: on huge pages, emulator only."""
+        self.vm: Any = vm
+        size = arena_bytes or ARENA_BYTES
+        self.arena: int = self.vm.alloc_memory(size) if level == 1 else self.vm.alloc_memory(size, level)
         self.vcpus: list[VcpuDoor] = []
-        self.rings = False
-        self.guest_ops = 0
+        self.raced: Raced | None = None  # the race of the step played last
+        self._armed: Race | None = None
 
     def play(self, step: Step) -> Answer:
         """Do one step.  OSError becomes its errno's name; anything else is a defect and passes through."""
+        self.raced = None
+        if isinstance(step, Race):
+            self._armed = step
+            return OK
+        if self._armed is not None:
+            self.raced, self._armed = Raced(self._armed), None
+            arm(self.vm, self.vcpus, self.raced)
         try:
             return Answer(None, self._do(step))
         except OSError as error:
             return Answer(errno.errorcode.get(error.errno or 0, str(error.errno)))
+        finally:
+            if self.raced is not None:
+                self.vm.race_hook = None
+
+    def close(self) -> None:
+        self.vcpus.clear()
+        self.vm.close()
 
     def play_all(self, steps: Iterable[Step]) -> list[Answer]:
         return [self.play(step) for step in steps]
@@ -177,6 +196,8 @@ class Player:
                 self.vm.host_write(self.arena + hva, value.to_bytes(4, "little"))
             case HostRead(hva):
                 return int.from_bytes(self.vm.host_read(self.arena + hva, 4), "little")
+            case Inside():
+                return perform(self, step)
         return None
 
     def _get(self, slot: int, pages: int | None) -> object:
@@ -189,7 +210,6 @@ class Player:
 
     def _run(self, vcpu: VcpuDoor, ops: Sequence[Op]) -> object:
         exit = vcpu.run(ops)
-        self.guest_ops += int(exit.done)
         return (int(exit.reason), int(exit.done), tuple(int(value) for value in exit.data or ()))
 
     def ring_contents(self) -> tuple[tuple[tuple[int, int, int], ...], ...]:

@@ -1,0 +1,108 @@
+"""What ``migsim check`` does: choose backends and cases, run them, print the summary, write the reports."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from migsim.validate.backends import Backend, BadBackend, emulated, host, plugin
+from migsim.validate.junit import junit
+from migsim.validate.ktap import ktap
+from migsim.validate.registry import all_plans, suite_names
+from migsim.validate.runner import matching, run_plans
+from migsim.validate.verdicts import Outcome
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+
+
+def run_suites(arguments: argparse.Namespace) -> int:
+    """The whole command but for the seeded bugs; the exit code."""
+    try:
+        backends, sentences = choose_backends(arguments.backend)
+    except BadBackend as error:
+        print(f"migsim check: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    for sentence in sentences:
+        print(f"migsim check: {sentence}", file=sys.stderr)
+    plans = list(all_plans(backends))
+    if arguments.suite:
+        plans = matching(plans, arguments.suite)
+        if not plans and not sentences:
+            names = ", ".join(suite_names())
+            print(f"migsim check: --suite {arguments.suite}: no such suite; allowed: {names}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+    if arguments.list:
+        print("\n".join(f"{plan.backend.name}  {plan.case.suite}/{plan.case.name}" for plan in plans))
+        return 0
+    outcomes = run_plans(plans, seed=arguments.seed, ops=arguments.ops, report=Printer(arguments.verbose).report)
+    write_reports(arguments, outcomes)
+    return summary(outcomes, backends, sentences)
+
+
+def choose_backends(name: str) -> tuple[list[Backend], list[str]]:
+    """Backends by ``--backend``, and a sentence for each that was asked for and is not there."""
+    from migsim.host_kvm.device import unavailable_reason
+
+    if name == "emulated":
+        return [emulated()], []
+    if name not in ("host", "all"):
+        return [plugin(name)], []
+    backends = [emulated()] if name == "all" else []
+    reason = unavailable_reason()
+    if reason is not None:
+        ran = "the emulator's suites still run" if name == "all" else "nothing ran"
+        return backends, [f"the host cannot be checked: {reason}; {ran}"]
+    real = host()
+    still = "the other modes still run"
+    return [*backends, real], [f"{text}; {still}" for text in real.missing.values()]
+
+
+class Printer:
+    """A line a suite, a line a failure; with ``verbose`` a line a case."""
+
+    def __init__(self, verbose: bool) -> None:
+        self._verbose = verbose
+
+    def report(self, outcome: Outcome) -> None:
+        if outcome.status == "failed":
+            print(f"FAILED  {outcome.name}\n        {outcome.reason}\n        repeat: {outcome.repro}", flush=True)
+        elif self._verbose:
+            detail = f": {outcome.reason}" if outcome.reason else ""
+            print(f"{outcome.status:<8}{outcome.name} ({outcome.seconds:.2f} s){detail}", flush=True)
+
+
+def write_reports(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
+    """KTAP, JUnit and the scripts of failures, where asked for."""
+    for path, text in ((arguments.ktap, ktap), (arguments.junit, junit)):
+        if path == "-":
+            sys.stdout.write(text(outcomes))
+        elif path:
+            Path(path).write_text(text(outcomes))
+    failures = [outcome for outcome in outcomes if outcome.script]
+    if arguments.scripts and failures:
+        from migsim.validate.print_script import write_scripts
+
+        for outcome in failures:
+            for written in write_scripts(Path(arguments.scripts), outcome.name, outcome.script):
+                print(f"wrote {written}")
+
+
+def summary(outcomes: Sequence[Outcome], backends: Sequence[Backend], sentences: Sequence[str]) -> int:
+    """Print totals a backend and every reason for a skip once; the exit code."""
+    for name in dict.fromkeys(outcome.backend for outcome in outcomes):
+        mine = [outcome for outcome in outcomes if outcome.backend == name]
+        count = {status: sum(o.status == status for o in mine) for status in ("passed", "failed", "skipped")}
+        bits, ops = sum(o.bits for o in mine), sum(o.ops for o in mine)
+        print(
+            f"{name}: {count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped; "
+            f"{bits} bits verified in {ops} operations, {sum(o.seconds for o in mine):.1f} s"
+        )
+        for reason in dict.fromkeys(o.reason for o in mine if o.status == "skipped"):
+            print(f"  skipped {sum(o.reason == reason for o in mine if o.status == 'skipped')}: {reason}")
+    ran = any(outcome.status == "passed" for outcome in outcomes)
+    if not ran and not any(outcome.status == "failed" for outcome in outcomes):
+        print("nothing ran, so nothing was shown")
+    failed = any(outcome.status == "failed" for outcome in outcomes)
+    return EXIT_FAILED if failed or sentences or not ran else 0
