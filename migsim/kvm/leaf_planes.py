@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from migsim.kvm.host_mm import linear_pfn
+from migsim.kvm.host_mm import DATA_PFNS, linear_pfn
 from migsim.kvm.spte import ACC_TRACK_SAVED_SHIFT, AD_TYPE_SHIFT, AdType, SpteFormat
 from migsim.planes import Plane
-from migsim.units import PAGE_SHIFT, REGION_PAGES
+from migsim.units import CHUNK_PAGES, PAGE_SHIFT, REGION_PAGES
 
 
 class SlotShape(Protocol):
@@ -132,7 +132,11 @@ class LeafPlanes:
         fmt = self.fmt
         tracked = fmt.is_access_tracked(spte)
         executable = bool(spte >> ACC_TRACK_SAVED_SHIFT & fmt.exec) if tracked else fmt.is_executable(spte)
-        self.erase(first, count)
+        for plane in self.planes():
+            if self._untouched(plane, first, count):
+                continue
+            plane.clear_range(first, count)
+        self.forget_frames(first, count)
         self.present.set_range(first, count)
         for plane, on in (
             (self.writable, spte & fmt.writable), (self.dirty, spte & fmt.dirty), (self.accessed, spte & fmt.accessed)
@@ -147,10 +151,16 @@ class LeafPlanes:
                 plane = getattr(self, name) or Plane(self.npages)
                 plane.set_range(first, count)
                 setattr(self, name, plane)
-        for block, frame in enumerate(frames.tolist()):
-            at = first + block * REGION_PAGES
-            if frame >> PAGE_SHIFT != self.pfn(at):
-                self.pfns.update({at + i: (frame >> PAGE_SHIFT) + i for i in range(REGION_PAGES)})
+        at = first + np.arange(len(frames), dtype=np.int64) * REGION_PAGES
+        linear = (self.hva >> PAGE_SHIFT) + at & DATA_PFNS - 1
+        for block in np.flatnonzero(linear != frames.astype(np.int64) >> PAGE_SHIFT).tolist():
+            start, frame = int(at[block]), int(frames[block]) >> PAGE_SHIFT
+            self.pfns.update({start + i: frame + i for i in range(REGION_PAGES)})
+
+    def _untouched(self, plane: Plane, first: int, count: int) -> bool:
+        """Surely nothing is set there, so that clearing would only touch memory."""
+        chunks = plane.full[first // CHUNK_PAGES : (first + count - 1) // CHUNK_PAGES + 1]
+        return not chunks.any() and not plane.words[first >> 6 : (first + count + 63) >> 6].any()
 
     def _put_rare(self, plane: Plane | None, i: int, value: bool) -> Plane | None:
         if plane is None and not value:

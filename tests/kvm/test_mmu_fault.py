@@ -110,6 +110,12 @@ def test_a_prefetch_maps_an_old_page_and_is_spurious_the_second_time(mmu_guest) 
     assert guest.mmu.page_fault(guest.vcpu, 5 * PAGE, write=False, prefetch=True) == RetPf.FIXED
     assert not guest.mmu.fmt.is_accessed(guest.spte(5)[0])
     assert guest.mmu.page_fault(guest.vcpu, 5 * PAGE, write=False, prefetch=True) == RetPf.SPURIOUS
+    guest.mmu.track_writes(guest.slot, 5)
+    guest.mmu.untrack_writes(guest.slot, 5)
+    before = guest.spte(5)
+    assert guest.mmu.page_fault(guest.vcpu, 5 * PAGE, write=True, prefetch=True) == RetPf.SPURIOUS
+    assert guest.spte(5) == before, "what is mapped already is not changed in advance"
+    assert fault(guest, 5, write=True) == RetPf.FIXED
     guest.close()
 
 
