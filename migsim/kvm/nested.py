@@ -171,8 +171,10 @@ class NestedGuest:
         """Shadow L1's tables one by one, a direct page for each level that L1 maps by a larger page, then the leaf."""
         pages, goal = self.shadow.pages, self._goal(walked, fault)
         page, level, access = self._root_page(), ROOT_LEVEL, ACC_ALL
+        pages.make_available(keep=page)
         tables = {at_level: gfn for gfn, at_level in walked.tables}
         while level > goal:
+            page.write_flooding = 0
             entry = spte_index(l2_gfn, level)
             level -= 1
             if level >= walked.level:

@@ -15,9 +15,14 @@ from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.paging import Sptep
 from migsim.kvm.rmap import RECYCLE_THRESHOLD, Rmap, RmapEntry
-from migsim.kvm.spte import AdType
+from migsim.kvm.spte import PG_LEVEL_4K, AdType
 
 SHADOW_PFN_BASE: Final = 1 << 36  # frames of shadow pages
+FLOODING_STORES: Final = 3
+PERMILLE_PAGES: Final = 20  # shadow pages allowed per 1000 guest pages (KVM_PERMILLE_MMU_PAGES)
+MIN_ALLOC_PAGES: Final = 64
+MIN_FREE_PAGES: Final = 5
+REFILL_PAGES: Final = 25
 
 
 class PageKey(NamedTuple):
@@ -40,6 +45,7 @@ class ShadowPage:
         self.sptes: dict[int, int] = {}
         self.gfns: dict[int, int] = {}  # entry -> L1 gfn a leaf maps
         self.parents: set[tuple[int, int]] = set()  # (table frame, entry)
+        self.write_flooding = 0  # stores to the guest's table since L2 last used this page
 
     def read(self, at: Sptep) -> int:
         """The SPTE at an entry."""
@@ -183,6 +189,30 @@ class ShadowPages:
             self.zap(self._by_key[key])
         return bool(keys)
 
+    def _is_flooded(self, page: ShadowPage) -> bool:
+        """Three stores without a use: the guest has other plans for that memory (detect_write_flooding).
+
+        Not for the lowest level, and direct roots keep no such count: it is about guest tables.
+        """
+        if page.key.level == PG_LEVEL_4K:
+            return False
+        page.write_flooding += 1
+        return page.write_flooding >= FLOODING_STORES
+
+    def make_available(self, keep: ShadowPage) -> None:
+        """Zap the oldest pages if fewer than 5 may still be made, until 25 may (make_mmu_pages_available)."""
+        vm = self._mmu.vm
+        total = sum(slot.npages for as_id in range(vm.config.nr_as_ids) for slot in vm.memslots(as_id))
+        limit = max(MIN_ALLOC_PAGES, total * PERMILLE_PAGES // 1000)
+        if limit - len(self) >= MIN_FREE_PAGES:
+            return
+        for page in self:
+            if limit - len(self) >= REFILL_PAGES:
+                break
+            if page is not keep:
+                self.zap(page)
+                self._mmu.stats.add("mmu_recycled")
+
     def track_write(self, as_id: int, gfn: int, entry: int) -> bool:
         """The guest stored to entry `entry` of a shadowed table: zap what was made from it. True: a flush is due."""
         hit = False
@@ -190,7 +220,11 @@ class ShadowPages:
             if page.key.direct or (page.key.as_id, page.key.gfn) != (as_id, gfn):
                 continue
             self._mmu.stats.add("mmu_pte_write")
-            if self.drop(page, entry):
+            if self._is_flooded(page):
+                self._mmu.stats.add("mmu_flooded")
+                self.zap(page)
+                hit = True
+            elif self.drop(page, entry):
                 self._mmu.stats.add("mmu_pde_zapped", int(page.key.level > 1))
                 hit = True
         return hit

@@ -258,6 +258,40 @@ def test_a_huge_page_of_l1_tables_is_mapped_as_large_as_both_allow(mmu_guest) ->
         guest.close()
 
 
+def test_a_table_that_is_written_and_never_used_is_unshadowed(mmu_guest) -> None:
+    guest = mmu_guest(level=1)
+    l2 = nested(guest)
+    l2.access(guest.vcpu, 0, write=True)
+    for i in range(3):
+        assert guest.mmu.state.is_write_tracked(guest.slot, L2)
+        l2.write_entry(guest.vcpu, L2, 100 + i, GuestPte(L1))
+    assert guest.vm.stats.mmu_flooded == 1 and not guest.mmu.state.is_write_tracked(guest.slot, L2)
+    for i in range(5):
+        l2.write_entry(guest.vcpu, L1, 100 + i, GuestPte(DATA))
+    assert guest.vm.stats.mmu_flooded == 1, "the lowest level is exempt"
+    assert l2.access(guest.vcpu, 0, write=True) is not None
+    for _ in range(5):
+        l2.write_entry(guest.vcpu, L2, 100, GuestPte(L1))
+        l2.write_entry(guest.vcpu, L2, 0, GuestPte(L1))
+        l2.access(guest.vcpu, 0, write=True)
+    assert guest.vm.stats.mmu_flooded == 1, "use in between starts the count anew"
+    guest.close()
+
+
+def test_too_many_shadow_pages_are_recycled_oldest_first(mmu_guest) -> None:
+    guest = mmu_guest(level=1)
+    l2 = nested(guest)
+    tables = range(200, 300)
+    guest.write(*tables)
+    for i, table in enumerate(tables):
+        l2.write_entry(guest.vcpu, L2, 10 + i, GuestPte(table))
+        l2.write_entry(guest.vcpu, table, 0, GuestPte(DATA + 100))
+        assert l2.access(guest.vcpu, (10 + i) * 512 * PAGE, write=False) is not None
+        assert len(guest.mmu.shadow.pages) <= 64
+    assert guest.vm.stats.mmu_recycled >= 40 and guest.vm.stats.max_mmu_rmap_size > 20
+    guest.close()
+
+
 def test_rights_of_l1_tables_add_up_along_the_walk(mmu_guest) -> None:
     guest = mmu_guest(level=1)
     l2 = nested(guest)
