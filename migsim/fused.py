@@ -43,8 +43,9 @@ from migsim.guest.workload import Workload
 from migsim.kvm.bulk import COUNTS_LEN
 from migsim.migration.ram import BlockState, KvmSlot, Ram, Saved, SaveLimits
 from migsim.migration.ram_kernels import DUPLICATE, ELAPSED_PS, END_OF_SPAN, NORMAL, STATE_LEN, USED, next_dirty
-from migsim.planes import Plane, Words
+from migsim.planes import ALL_ONES, Plane, Words
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, chunks_of
+from migsim.words import SUMMARY_WORDS
 
 NEVER_NS = 1 << 62
 
@@ -103,7 +104,7 @@ class FusedRam(Ram):
         self.streams = Streams(w.law, w.first, w.end, w.clock, w.rate, w.seen, w.visits, w.seed_key)
         self._kvm_slots, self._verify = kvm_slots, verify
         self._extents: list[list[Extent]] = []
-        self.scratch = [(_buffer(), _buffer()) for _ in range(threads)]
+        self.scratch = [(_buffer(), _buffer()[:SUMMARY_WORDS], _buffer()) for _ in range(threads)]
         self.lock = Lock()
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -113,7 +114,8 @@ class FusedRam(Ram):
         if not self._extents:
             sides = zip(self.blocks, self._kvm_slots(), strict=True)
             self._extents = [
-                [self._extent(state, at, kvm) for at, kvm in zip(state.slots, side, strict=True)] for state, side in sides
+                [self._extent(state, at, kvm) for at, kvm in zip(state.slots, side, strict=True)]
+                for state, side in sides
             ]
         return self._extents
 
@@ -122,15 +124,19 @@ class FusedRam(Ram):
         assert first % CHUNK_PAGES == 0, "a memslot that starts inside a chunk needs the readable Ram"
         block, bmap = state.block, state.bmap
         truth = block.stale if verify else bmap
-        known = Plane(pages)
+        known = Plane(pages, ones=True)  # nothing is known before the first GET; lazily full costs nothing to drop
+        sums = [np.zeros(chunks_of(pages) * SUMMARY_WORDS, dtype=np.uint64) for _ in range(2)]
+        _summarise(kvm.log, sums[0])
+        truth_sum = np.full(block.chunks * SUMMARY_WORDS, ALL_ONES) if verify else state.bmap_summary
         slot = SlotView(
-            pages, first // CHUNK_PAGES, kvm.log.words, kvm.log.full, kvm.writable.words, kvm.writable.full,
-            kvm.dirty.words, kvm.dirty.full, kvm.present.words, kvm.present.full, kvm.tabled, known.words, known.full,
-            kvm.pml, self.lazy_clear,
+            pages, first // CHUNK_PAGES, kvm.log.words, sums[0], kvm.log.full, kvm.writable.words, kvm.writable.full,
+            kvm.dirty.words, kvm.dirty.full, kvm.present.words, kvm.present.full, kvm.tabled, known.words, sums[1],
+            known.full, kvm.pml, self.lazy_clear,
         )  # fmt: skip
         view = BlockView(
-            block.pages, block.first_page, block.first_chunk, bmap.words, bmap.full, state.clear_bmap,
-            truth.words, truth.full, block.zero.words, block.zero.full, _any_zero(block), verify,
+            block.pages, block.first_page, block.first_chunk, bmap.words, state.bmap_summary, bmap.full,
+            state.clear_bmap, truth.words, truth_sum, truth.full, block.zero.words, block.zero.full, _any_zero(block),
+            verify,
         )  # fmt: skip
         return Extent(kvm, slot, view, first, first + pages)
 
@@ -165,11 +171,11 @@ class FusedRam(Ram):
 
     def _sync_part(self, extent: Extent, begin: int, end: int, thread: int) -> tuple[Ints, Ints]:
         counts, results = np.zeros(COUNTS_LEN, dtype=np.int64), _results()
-        hits, scratch = self.scratch[thread]
+        hits, summary, scratch = self.scratch[thread]
         while begin < end:
             begin = int(
                 sync_chunks(
-                    begin, end, self.streams, extent.slot, extent.block, hits, scratch, counts, results
+                    begin, end, self.streams, extent.slot, extent.block, hits, summary, scratch, counts, results
                 )
             )
             if begin < end:
@@ -198,6 +204,8 @@ class FusedRam(Ram):
                 low = bits & -bits
                 extent.kvm.store(base + (word << 6) + low.bit_length() - 1)
                 bits ^= low
+            at = (base >> 6) + word
+            extent.slot.log_summary[at >> 6] |= np.uint64(1 << (at & 63))
 
     # -- save --------------------------------------------------------------------------------------------------------
 
@@ -220,18 +228,19 @@ class FusedRam(Ram):
         """Will this extent send a page? Looked at only where the block changes, for the name in the stream."""
         if self.last_sent_block == self.block_index:
             return False
-        bmap = self.blocks[self.block_index].bmap
-        return next_dirty(bmap.words, bmap.full, self.page, extent.end, 0, np.zeros(STATE_LEN, dtype=np.int64)) >= 0
+        here, nothing = self.blocks[self.block_index], np.zeros(STATE_LEN, dtype=np.int64)
+        return next_dirty(here.bmap.words, here.bmap_summary, here.bmap.full, self.page, extent.end, 0, nothing) >= 0
 
     def _send(self, extent: Extent, limits: SaveLimits, start_ns: int, state: Ints) -> int:
         counts, results = np.zeros(COUNTS_LEN, dtype=np.int64), _results()
-        hits, scratch = self.scratch[0]
+        hits, summary, scratch = self.scratch[0]
         while True:
             results[NOW_NS] = self.workload.now_ns
             change = self.workload.next_change_ns()
             page, why = send_pages(
                 self.page, extent.end, start_ns, NEVER_NS if change is None else change, limits.bytes, limits.ps,
-                self.streams, extent.slot, extent.block, self.costs_now(), hits, scratch, state, counts, results,
+                self.streams, extent.slot, extent.block, self.costs_now(), hits, summary, scratch, state, counts,
+                results,
             )  # fmt: skip
             self.page = int(page)
             self.workload.now_ns = int(results[NOW_NS])
@@ -265,6 +274,12 @@ class FusedRam(Ram):
 
 def _buffer() -> Words:
     return np.zeros(CHUNK_WORDS, dtype=np.uint64)
+
+
+def _summarise(plane: Plane, summary: Words) -> None:
+    """Raise the summary's bit of every word that is not zero."""
+    for word in np.flatnonzero(plane.words).tolist():
+        summary[word >> 6] |= np.uint64(1 << (word & 63))
 
 
 def _results() -> Ints:

@@ -12,12 +12,23 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from migsim.guest.catch_up import draw_hits, write_words
+from migsim.guest.catch_up import clear_zero, draw_hits, write_words
 from migsim.kvm.bulk import REARMED, rearm, store_mapped, store_mapped_pml, store_writable_pml
 from migsim.migration.ram_kernels import ELAPSED_PS, END_OF_SPAN, must_stop, next_dirty, save_span
 from migsim.planes import Flags, Words
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS
-from migsim.words import ZERO, popcount, settle_chunk, zero_chunk
+from migsim.words import (
+    LOW6,
+    ONE,
+    SUMMARY_WORDS,
+    ZERO,
+    lowest_bit,
+    popcount,
+    settle_chunk,
+    settle_summed,
+    settle_zero,
+    zero_chunk,
+)
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -49,6 +60,7 @@ class SlotView(NamedTuple):
     pages: int
     offset: int
     log: Words
+    log_summary: Words
     log_full: Flags
     writable: Words
     writable_full: Flags
@@ -58,6 +70,7 @@ class SlotView(NamedTuple):
     present_full: Flags
     tabled: Flags  # the chunk has no huge leaf any more: its planes tell everything
     known: Words
+    known_summary: Words
     known_full: Flags
     pml: bool
     manual: bool  # GET only copies; without manual protection it takes the bits and protects at once
@@ -70,9 +83,11 @@ class BlockView(NamedTuple):
     first_page: int
     first_chunk: int
     bmap: Words
+    bmap_summary: Words
     bmap_full: Flags
     clear_bmap: Flags
     stale: Words
+    stale_summary: Words
     stale_full: Flags
     zero: Words
     zero_full: Flags
@@ -94,8 +109,9 @@ class Costs(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def catch_up_chunk(
-    chunk: int, streams: Streams, slot: SlotView, block: BlockView, hits: Words, scratch: Words, counts: Ints
-) -> bool:
+    chunk: int, streams: Streams, slot: SlotView, block: BlockView, hits: Words, summary: Words, scratch: Words,
+    counts: Ints,
+) -> bool:  # fmt: skip
     """Let the guest's writes to a chunk of the block happen. False: `hits` must be stored page by page."""
     unit = block.first_chunk + chunk
     base = chunk * CHUNK_PAGES
@@ -105,44 +121,56 @@ def catch_up_chunk(
         streams.seen[unit, :] = streams.clock  # all marked, unprotected and stale: no write can change a thing
         return True
     if not draw_hits(
-        hits, scratch, block.first_page + base, pages, unit, streams.law, streams.first, streams.end, streams.clock,
-        streams.seen[unit], streams.visits, streams.seed_key,
+        hits, summary, scratch, block.first_page + base, pages, unit, streams.law, streams.first, streams.end,
+        streams.clock, streams.seen[unit], streams.visits, streams.seed_key,
     ):  # fmt: skip
         return True
-    w0, n_words = chunk * CHUNK_WORDS, (pages + 63) >> 6
-    if block.verify:
-        settle_chunk(block.stale, block.stale_full, chunk, block.pages)
-        if block.zero_any[chunk]:
-            settle_chunk(block.zero, block.zero_full, chunk, block.pages)
-        write_words(hits, block.stale, block.zero, block.zero_any[chunk] != 0, w0, n_words)
-    elif block.zero_any[chunk]:
+    w0, groups = chunk * CHUNK_WORDS, (pages + 4095) >> 12
+    if block.zero_any[chunk]:
         settle_chunk(block.zero, block.zero_full, chunk, block.pages)
-        for i in range(n_words):
-            block.zero[w0 + i] &= ~hits[i]
+    if block.verify:
+        settle_summed(block.stale, block.stale_full, block.stale_summary, chunk, block.pages)
+        has_zero = block.zero_any[chunk] != 0
+        write_words(hits, summary, block.stale, block.stale_summary, block.zero, has_zero, w0, groups)
+    elif block.zero_any[chunk]:
+        clear_zero(hits, summary, block.zero, w0, groups)
     if slot.log_full[sc]:
         return True
-    return slot.tabled[sc] != 0 and _store_chunk(sc, n_words, slot, hits, counts)
+    return slot.tabled[sc] != 0 and _store_chunk(sc, groups, slot, hits, summary, counts)
 
 
 @njit(cache=True, nogil=True)
-def _store_chunk(sc: int, n_words: int, slot: SlotView, hits: Words, counts: Ints) -> bool:
+def _all_present(hits: Words, summary: Words, present: Words, w0: int, groups: int) -> bool:
+    """Is every page of `hits` mapped?"""
+    for g in range(groups):
+        left = summary[g]
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
+            if hits[i] & ~present[w0 + i]:
+                return False
+            left &= left - ONE
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _store_chunk(sc: int, groups: int, slot: SlotView, hits: Words, summary: Words, counts: Ints) -> bool:
     """Push `hits` through the MMU; False if one of them is not mapped (nothing is done then)."""
     w0 = sc * CHUNK_WORDS
-    if slot.present_full[sc] == 0:
-        for i in range(n_words):
-            if hits[i] & ~slot.present[w0 + i]:
-                return False
-    settle_chunk(slot.log, slot.log_full, sc, slot.pages)
+    if slot.present_full[sc] == 0 and not _all_present(hits, summary, slot.present, w0, groups):
+        return False
+    settle_summed(slot.log, slot.log_full, slot.log_summary, sc, slot.pages)
     if slot.pml:
         settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
         if slot.writable_full[sc]:
-            store_writable_pml(hits, slot.log, slot.dirty, w0, n_words, counts)
+            store_writable_pml(hits, summary, slot.log, slot.log_summary, slot.dirty, w0, groups, counts)
             return True
-        settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
-        store_mapped_pml(hits, slot.log, slot.writable, slot.dirty, w0, n_words, counts)
+    settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
+    if slot.pml:
+        store_mapped_pml(
+            hits, summary, slot.log, slot.log_summary, slot.writable, slot.dirty, w0, groups, counts
+        )
     else:
-        settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
-        store_mapped(hits, slot.log, slot.writable, w0, n_words, counts)
+        store_mapped(hits, summary, slot.log, slot.log_summary, slot.writable, w0, groups, counts)
     return True
 
 
@@ -150,71 +178,111 @@ def _store_chunk(sc: int, n_words: int, slot: SlotView, hits: Words, counts: Int
 def harvest_chunk(chunk: int, slot: SlotView, block: BlockView, results: Ints) -> None:
     """GET of one chunk into `known`, merged into the block's bitmap at once; with the oracle, law 1 checked."""
     sc = chunk - slot.offset
-    w0, s0 = chunk * CHUNK_WORDS, sc * CHUNK_WORDS
     pages = min(CHUNK_PAGES, block.pages - chunk * CHUNK_PAGES)
-    n_words = (pages + 63) >> 6
     block.clear_bmap[chunk] = slot.manual
     results[BITS] += pages
     if slot.log_full[sc] and slot.manual:
-        slot.known_full[sc] = 1
+        slot.known_full[sc] = max(slot.known_full[sc], 1)
         if block.bmap_full[chunk] == 0:
-            have = ZERO
-            for i in range(n_words):
-                have += popcount(block.bmap[w0 + i])
-            results[NEW] += pages - np.int64(have)
+            results[NEW] += pages - _count(block.bmap, chunk * CHUNK_WORDS, (pages + 63) >> 6)
             block.bmap_full[chunk] = 1
             if not block.verify:
                 block.stale_full[chunk] = 1
         return
-    slot.known_full[sc] = 0
-    settle_chunk(slot.log, slot.log_full, sc, slot.pages)
-    settle_chunk(block.bmap, block.bmap_full, chunk, block.pages)
-    settle_chunk(block.stale, block.stale_full, chunk, block.pages)
-    new = lost = ZERO
-    for i in range(n_words):
-        log = slot.log[s0 + i]
-        have = block.bmap[w0 + i]
-        slot.known[s0 + i] = log
-        block.bmap[w0 + i] = have | log
-        new += popcount(log & ~have)
-        lost += popcount(block.stale[w0 + i] & ~(have | log))
-    results[NEW] += np.int64(new)
-    if lost and block.verify:
-        results[LOST] += np.int64(lost)
-        for i in range(n_words):
-            gone = block.stale[w0 + i] & ~block.bmap[w0 + i]
-            if gone and results[FIRST_LOST] < 0:
-                results[FIRST_LOST] = block.first_page + chunk * CHUNK_PAGES + (i << 6)
+    if slot.known_full[sc]:
+        zero_chunk(slot.known, slot.known_full, sc)
+        for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
+            slot.known_summary[g] = ZERO
+    settle_summed(slot.log, slot.log_full, slot.log_summary, sc, slot.pages)
+    settle_summed(block.bmap, block.bmap_full, block.bmap_summary, chunk, block.pages)
+    results[NEW] += _merge(chunk, sc, (pages + 4095) >> 12, slot, block)
+    if block.verify:
+        settle_summed(block.stale, block.stale_full, block.stale_summary, chunk, block.pages)
+        _check(chunk, (pages + 4095) >> 12, block, results)
     if not slot.manual:
-        _take_all(sc, n_words, slot, results)
+        _take_all(sc, (pages + 4095) >> 12, slot, results)
 
 
 @njit(cache=True, nogil=True)
-def _take_all(sc: int, n_words: int, slot: SlotView, results: Ints) -> None:
+def _count(words: Words, w0: int, n_words: int) -> int:
+    total = ZERO
+    for i in range(w0, w0 + n_words):
+        total += popcount(words[i])
+    return np.int64(total)
+
+
+@njit(cache=True, nogil=True)
+def _merge(chunk: int, sc: int, groups: int, slot: SlotView, block: BlockView) -> int:
+    """Copy the log's words into `known` and OR them into the bitmap; how many bits were new there."""
+    new = ZERO
+    for g in range(groups):
+        s = sc * SUMMARY_WORDS + g
+        left = slot.log_summary[s] | slot.known_summary[s]
+        slot.known_summary[s] = slot.log_summary[s]
+        block.bmap_summary[chunk * SUMMARY_WORDS + g] |= slot.log_summary[s]
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
+            left &= left - ONE
+            log = slot.log[sc * CHUNK_WORDS + i]
+            have = block.bmap[chunk * CHUNK_WORDS + i]
+            slot.known[sc * CHUNK_WORDS + i] = log
+            block.bmap[chunk * CHUNK_WORDS + i] = have | log
+            new += popcount(log & ~have)
+            if log == ZERO:
+                slot.log_summary[s] &= ~(ONE << (np.uint64(i) & LOW6))
+    return np.int64(new)
+
+
+@njit(cache=True, nogil=True)
+def _check(chunk: int, groups: int, block: BlockView, results: Ints) -> None:
+    """Law 1: a page whose content differs is marked. Called right after the merge, when the log is in the bitmap."""
+    for g in range(groups):
+        s = chunk * SUMMARY_WORDS + g
+        left = block.stale_summary[s]
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
+            left &= left - ONE
+            stale = block.stale[chunk * CHUNK_WORDS + i]
+            lost = stale & ~block.bmap[chunk * CHUNK_WORDS + i]
+            if stale == ZERO:
+                block.stale_summary[s] &= ~(ONE << (np.uint64(i) & LOW6))
+            if lost != ZERO:
+                results[LOST] += np.int64(popcount(lost))
+                if results[FIRST_LOST] < 0:
+                    results[FIRST_LOST] = block.first_page + chunk * CHUNK_PAGES + (i << 6) + lowest_bit(lost)
+
+
+@njit(cache=True, nogil=True)
+def _take_all(sc: int, groups: int, slot: SlotView, results: Ints) -> None:
     """GET without manual protection: the bits just copied leave the log and their pages are protected."""
-    s0 = sc * CHUNK_WORDS
     if slot.pml:
         settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
     else:
         settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
     protection = slot.dirty if slot.pml else slot.writable
     taken = ZERO
-    for i in range(s0, s0 + n_words):
-        bits = slot.log[i]
-        protection[i] &= ~bits
-        slot.log[i] = ZERO
-        taken += popcount(bits)
+    for g in range(groups):
+        s = sc * SUMMARY_WORDS + g
+        left = slot.log_summary[s]
+        slot.log_summary[s] = ZERO
+        while left != ZERO:
+            i = sc * CHUNK_WORDS + (g << 6) + lowest_bit(left)
+            left &= left - ONE
+            bits = slot.log[i]
+            protection[i] &= ~bits
+            slot.log[i] = ZERO
+            taken += popcount(bits)
     results[REARMED_PAGES] += np.int64(taken)
 
 
 @njit(cache=True, nogil=True)
 def sync_chunks(
-    begin: int, end: int, streams: Streams, slot: SlotView, block: BlockView, hits: Words, scratch: Words,
-    counts: Ints, results: Ints,
+    begin: int, end: int, streams: Streams, slot: SlotView, block: BlockView, hits: Words, summary: Words,
+    scratch: Words, counts: Ints, results: Ints,
 ) -> int:  # fmt: skip
     """Sync chunks [begin, end) of the block; the first one whose stores have to be made page by page, or `end`."""
     for chunk in range(begin, end):
-        if not catch_up_chunk(chunk, streams, slot, block, hits, scratch, counts):
+        if not catch_up_chunk(chunk, streams, slot, block, hits, summary, scratch, counts):
             return chunk
         harvest_chunk(chunk, slot, block, results)
     return end
@@ -225,29 +293,27 @@ def _clear_chunk(chunk: int, slot: SlotView, costs: Costs, counts: Ints, results
     """CLEAR of one chunk with what the last GET showed; what it cost in ps."""
     sc = chunk - slot.offset
     pages = min(CHUNK_PAGES, slot.pages - sc * CHUNK_PAGES)
-    w0, n_words = sc * CHUNK_WORDS, (pages + 63) >> 6
+    w0, groups = sc * CHUNK_WORDS, (pages + 4095) >> 12
     if slot.known_full[sc] and slot.log_full[sc]:
         zero_chunk(slot.log, slot.log_full, sc)
+        for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
+            slot.log_summary[g] = slot.known_summary[g] = ZERO
         if slot.pml:
-            zero_chunk(slot.dirty, slot.dirty_full, sc)
+            settle_zero(slot.dirty, slot.dirty_full, sc)
         else:
-            zero_chunk(slot.writable, slot.writable_full, sc)
+            settle_zero(slot.writable, slot.writable_full, sc)
+        zero_chunk(slot.known, slot.known_full, sc)
         count = pages
         counts[REARMED] += pages
     else:
-        settle_chunk(slot.known, slot.known_full, sc, slot.pages)
-        settle_chunk(slot.log, slot.log_full, sc, slot.pages)
-        some = ZERO
-        for i in range(w0, w0 + n_words):
-            some += popcount(slot.known[i])
-        count = int(some)
+        settle_summed(slot.known, slot.known_full, slot.known_summary, sc, slot.pages)
+        settle_summed(slot.log, slot.log_full, slot.log_summary, sc, slot.pages)
         if slot.pml:
             settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
-            rearm(slot.known, w0, slot.log, slot.dirty, w0, n_words, counts)
+            count = rearm(slot.known, slot.known_summary, slot.log, slot.dirty, w0, groups, counts)
         else:
             settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
-            rearm(slot.known, w0, slot.log, slot.writable, w0, n_words, counts)
-    zero_chunk(slot.known, slot.known_full, sc)
+            count = rearm(slot.known, slot.known_summary, slot.log, slot.writable, w0, groups, counts)
     results[REARMED_PAGES] += count
     results[CLEAR_CALLS] += 1
     return costs.clear_ps + count * costs.clear_page_ps
@@ -256,8 +322,8 @@ def _clear_chunk(chunk: int, slot: SlotView, costs: Costs, counts: Ints, results
 @njit(cache=True, nogil=True)
 def send_pages(
     page: int, end: int, start_ns: int, change_ns: int, byte_limit: int, time_limit_ps: int, streams: Streams,
-    slot: SlotView, block: BlockView, costs: Costs, hits: Words, scratch: Words, state: Ints, counts: Ints,
-    results: Ints,
+    slot: SlotView, block: BlockView, costs: Costs, hits: Words, summary: Words, scratch: Words, state: Ints,
+    counts: Ints, results: Ints,
 ) -> tuple[int, int]:  # fmt: skip
     """Ram.save over the pages [page, end) of one memslot's part of a block; (page to go on from, why it stopped).
 
@@ -265,7 +331,7 @@ def send_pages(
     is the moment the streams' clocks stand at.
     """
     while page < end:
-        page = next_dirty(block.bmap, block.bmap_full, page, end, costs.word_ps, state)
+        page = next_dirty(block.bmap, block.bmap_summary, block.bmap_full, page, end, costs.word_ps, state)
         if page < 0:
             return end, END_OF_SPAN
         why = must_stop(state, byte_limit, time_limit_ps)
@@ -281,19 +347,19 @@ def send_pages(
             for s in range(len(streams.clock)):
                 streams.clock[s] += streams.rate[s] * (now - results[NOW_NS])
             results[NOW_NS] = now
-            if not catch_up_chunk(chunk, streams, slot, block, hits, scratch, counts):
+            if not catch_up_chunk(chunk, streams, slot, block, hits, summary, scratch, counts):
                 return page, NEED_STORES
             block.clear_bmap[chunk] = 0
             state[ELAPSED_PS] += _clear_chunk(chunk, slot, costs, counts, results)
-        settle_chunk(block.bmap, block.bmap_full, chunk, block.pages)
-        settle_chunk(block.stale, block.stale_full, chunk, block.pages)
+        settle_summed(block.bmap, block.bmap_full, block.bmap_summary, chunk, block.pages)
+        settle_summed(block.stale, block.stale_full, block.stale_summary, chunk, block.pages)
         has_zero = block.zero_any[chunk] != 0
         if has_zero:
             settle_chunk(block.zero, block.zero_full, chunk, block.pages)
+        stop = min(end, (chunk + 1) * CHUNK_PAGES)
         page, why = save_span(
-            block.bmap, block.stale, block.zero, has_zero, page, min(end, (chunk + 1) * CHUNK_PAGES),
-            costs.normal_bytes, costs.zero_bytes, byte_limit, costs.normal_ps, costs.zero_ps, costs.word_ps,
-            time_limit_ps, state,
+            block.bmap, block.bmap_summary, block.stale, block.zero, has_zero, page, stop, costs.normal_bytes,
+            costs.zero_bytes, byte_limit, costs.normal_ps, costs.zero_ps, costs.word_ps, time_limit_ps, state,
         )  # fmt: skip
         if why != END_OF_SPAN:
             return page, why

@@ -38,8 +38,9 @@ def tail_mask(n_pages: int) -> int:
 class Plane:
     """One bit for each of `n` pages.
 
-    `words`: uint64[ceil(n / 64)], page i is bit i & 63 of word i >> 6. `full`: uint8[chunks]; where it is 1 every page
-    of the chunk is set and the chunk's words mean nothing. Bits beyond n are never set.
+    `words`: uint64[ceil(n / 64)], page i is bit i & 63 of word i >> 6. `full`: uint8[chunks]; where it is not 0 every
+    page of the chunk is set and the chunk's words mean nothing; where it is 2 they are known to be all zero besides,
+    so that clearing the chunk costs nothing. Bits beyond n are never set.
     """
 
     __slots__ = ("full", "n", "words")
@@ -51,7 +52,7 @@ class Plane:
         self.words: Words = _virtual_zeros(words_of(n_pages))
         self.full: Flags = np.zeros(chunks_of(n_pages), dtype=np.uint8)
         if ones:
-            self.full[:] = 1
+            self.full[:] = 2
 
     # -- page at a time: the readable rule ---------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ class Plane:
 
     def set_all(self) -> None:
         """Set every page, lazily."""
-        self.full[:] = 1
+        self.full[self.full == 0] = 1
 
     def clear_all(self) -> None:
         """Clear every page and give the memory back."""
@@ -136,7 +137,8 @@ class Plane:
             chunk_end = min((chunk + 1) * CHUNK_PAGES, self.n)
             stop = min(end, chunk_end)
             if page == chunk * CHUNK_PAGES and stop == chunk_end:
-                self.full[chunk] = 1
+                if not self.full[chunk]:
+                    self.full[chunk] = 1 if self.words[self.chunk_words(chunk)].any() else 2
             elif not self.full[chunk]:
                 _fill_words(self.words, page, stop, True)
             page = stop

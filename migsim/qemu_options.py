@@ -1,16 +1,24 @@
-"""A scenario's `[migration]` as arguments of the loop: who throttles, who watches, and the host's clock."""
+"""A scenario's `[migration]` as arguments of the loop: who throttles, who watches, what wraps RAM, the host's clock."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from migsim.migration.policies.choice import throttle_of
+import numpy as np
+
+from migsim.migration.loop_types import RamState
+from migsim.migration.multifd import REQUEUE_BUSY, REQUEUE_IDLE, MultifdRam
+from migsim.migration.policies.choice import platform_of, throttle_of
+from migsim.migration.ram import Ram
 from migsim.migration.window import HostClock
+from migsim.migration.xbzrle import Floats, Ints, XbzrleCache, XbzrleRam
+from migsim.qemu_costs import QemuCosts
 from migsim.scenario import Scenario
 from migsim.sim.prng import stream_key
-from migsim.units import NS_PER_MS
+from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
+from migsim.world import World, streams_of
 
-__all__ = ["loop_options"]
+__all__ = ["StreamWriters", "loop_options", "wire_ram"]
 
 CLOCK = 7  # stream of the host clock's randomness: where in a ms the migration starts, how late wake-ups are
 
@@ -19,5 +27,56 @@ def loop_options(scenario: Scenario, seed: int) -> dict[str, Any]:
     """Keyword arguments of migration.precopy.Precopy."""
     return {
         "throttle": throttle_of(scenario.migration),
+        "platform": platform_of(scenario.migration, scenario.guest.memory),
         "clock": HostClock(stream_key(seed, CLOCK) % NS_PER_MS, stream_key(seed, CLOCK, 1)),
     }
+
+
+def wire_ram(scenario: Scenario, ram: Ram, world: World, costs: QemuCosts) -> RamState:
+    """RAM as the stream sees it: in packets with multifd, as differences with xbzrle, else page by page.
+
+    With both (7.2 takes the pair, 10.0 refuses it) multifd carries the pages, as QEMU tries it first.
+    """
+    m = scenario.migration
+    old = m.compat == "7.2"
+    if "multifd" in m.capabilities:
+        writes = any(stream.pages_per_s for stream in world.workload.streams)
+        requeue = (REQUEUE_BUSY if writes else REQUEUE_IDLE) if old else 0.0
+        on_channels = not old and m.zero_page_detection == "multifd"
+        return MultifdRam(ram, m.multifd_channels, requeue, sync_each_section=old, zero_on_channels=on_channels)
+    if "xbzrle" in m.capabilities:
+        cache = XbzrleCache(m.xbzrle_cache_size // PAGE_SIZE)
+        return XbzrleRam(ram, cache, StreamWriters(scenario, world), costs.ns("qemu_xbzrle"))
+    return ram
+
+
+class StreamWriters:
+    """What XBZRLE's encoder knows of the guest's streams: a page's mean rate, and bytes a write."""
+
+    def __init__(self, scenario: Scenario, world: World) -> None:
+        self.workload = world.workload
+        self.sizes = [config.write_bytes for config in scenario.guest.workload for _ in streams_of(config)]
+        self.running_s, self.at_ns = 0.0, 0
+
+    def clock(self) -> float:
+        """Seconds of running at full speed: the throttle stretches time, not work."""
+        now = self.workload.now_ns
+        self.running_s += (now - self.at_ns) / NS_PER_S * self.workload.duty / self.workload.slowdown
+        self.at_ns = now
+        return self.running_s
+
+    def writes_a_second(self, pages: Ints) -> Floats:
+        rates = np.zeros(len(pages))
+        for stream in self.workload.streams:
+            inside = (pages >= stream.first) & (pages < stream.end)
+            rates += inside * (stream.pages_per_s * stream.factor(self.workload.now_ns) / (stream.end - stream.first))
+        return rates
+
+    def write_bytes(self, pages: Ints) -> Ints:
+        """Of the stream with the largest writes there; 64 where none writes."""
+        sizes = np.zeros(len(pages), dtype=np.int64)
+        for stream, size in zip(self.workload.streams, self.sizes, strict=True):
+            inside = (pages >= stream.first) & (pages < stream.end)
+            sizes = np.maximum(sizes, inside * size)
+        return np.where(sizes == 0, 64, sizes)
+

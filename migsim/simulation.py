@@ -18,7 +18,7 @@ from migsim.host_costs import HostCosts, Meters, RoundRow
 from migsim.migration.precopy import Interrupted, Knobs, Limits, Precopy, RoundLog
 from migsim.migration.ram import PS_PER_NS, Ram
 from migsim.qemu_costs import QemuCosts
-from migsim.qemu_options import loop_options
+from migsim.qemu_options import loop_options, wire_ram
 from migsim.result import DowntimePart, Progress, Result, Round
 from migsim.scenario import Scenario
 from migsim.units import CHUNK_PAGES, GIB, NS_PER_S, PAGE_SIZE, chunks_of
@@ -37,6 +37,7 @@ ABOUT = {
     "ram": "pages dirty at the stop, at line rate",
     "device": "device state saved, sent and loaded",
     "flush": "last bytes on the way",
+    "resume": "the destination's vCPUs start; QEMU's own downtime ends before",
     "discard": "pages still dirty named to the destination",
 }
 
@@ -83,19 +84,23 @@ def run(
     loop: Precopy
 
     def tick(elapsed_ps: int) -> None:
-        world.run_until(loop.now_ns + elapsed_ps // PS_PER_NS)
+        world.run_until(now() + elapsed_ps // PS_PER_NS)
+
+    def now() -> int:
+        return loop.now_ns + ram.spent_ps // PS_PER_NS
 
     lazy = scenario.kvm.lazy_clear
     speed = link_bytes_per_s(scenario, 0)
     ram = Ram(world.memory, world.vm, world.slot_ids, costs.save(speed), lazy, tick, with_bitmaps=not bulk)
     if bulk:
         count = threads or min(THREADS_MAX, os.cpu_count() or 1)
-        ram = FusedRam(ram, world.kvm_slots, world.workload, lambda: loop.now_ns, count, verify)
+        ram = FusedRam(ram, world.kvm_slots, world.workload, now, count, verify)
     if fault is not None:
         fault(world, ram)
     meters = host.meters(world.workload, ram, world.meter.totals, len(world.slots))
     loop = Precopy(
-        ram, world, _knobs(scenario), costs.loop(), _limits(scenario), lambda now: link_bytes_per_s(scenario, now),
+        wire_ram(scenario, ram, world, costs), world, _knobs(scenario), costs.loop(), _limits(scenario),
+        lambda now: link_bytes_per_s(scenario, now),
         progress=_Reporter(progress, scenario, ram, costs, world, meters), **loop_options(scenario, seed),
     )  # fmt: skip
     interrupted = False

@@ -17,6 +17,8 @@ PART_WORDS = {
     "ram": "the last dirty pages",
     "device": "the device state",
     "flush": "the link's latency",
+    "resume": "the destination's start",
+    "discard": "naming the dirty pages to the destination",
 }
 
 

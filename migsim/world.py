@@ -6,7 +6,7 @@ passes, write clocks advance; when somebody looks, the guest's writes are drawn 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,17 +23,29 @@ from migsim.kvm.memslot import Memslot
 from migsim.kvm.populate import populate
 from migsim.kvm.vcpu import Vcpu
 from migsim.kvm.vm import Vm
+from migsim.migration.policies.auto_converge import TIMESLICE_NS, duty
+from migsim.migration.postcopy import requests
 from migsim.qemu_costs import QemuCosts
-from migsim.scenario import Scenario
+from migsim.scenario import Guest, Scenario
 from migsim.scenario import Workload as WorkloadConfig
 from migsim.sim.meter import CountingMeter
 from migsim.sim.prng import stream_key
-from migsim.units import CHUNK_PAGES, CHUNK_WORDS, PAGE_SHIFT, PAGE_SIZE
+from migsim.units import CHUNK_PAGES, CHUNK_WORDS, NS_PER_S, PAGE_SHIFT, PAGE_SIZE
+from migsim.words import SUMMARY_WORDS
 
 MANUAL_PROTECT = {"off": 0, "enable": 1, "initially-set": 3}
 LEVELS = {"4K": 1, "2M": 2, "1G": 3}
 MAXPHYADDR = 52  # a host that can hold the guest; TDP of 5 levels
 NEVER_NS = 1 << 62
+
+
+def rom_data(guest: Guest) -> list[tuple[int, int]]:
+    """Guest pages of the ROM blocks that are not zero; the blocks lie behind RAM in the order of the scenario."""
+    out, base = [], guest.pages
+    for rom in guest.rom:
+        out += [(base + e.offset // PAGE_SIZE, base + (e.offset + e.size) // PAGE_SIZE) for e in rom.data]
+        base += rom.size // PAGE_SIZE
+    return out
 
 
 def streams_of(config: WorkloadConfig) -> list[Stream]:
@@ -80,7 +92,11 @@ class World:
         guest, kvm = scenario.guest, scenario.kvm
         self.scenario, self.costs, self.bulk = scenario, costs, bulk
         self.memory = GuestMemory(
-            layout(guest.memory, guest.numa_nodes, guest.machine), [(0, guest.pages - guest.zero_pages)]
+            [
+                *layout(guest.memory, guest.numa_nodes, guest.machine),
+                *((rom.name, rom.size // PAGE_SIZE, ()) for rom in guest.rom),
+            ],
+            guest.data_pages + rom_data(guest),
         )
         self.meter = CountingMeter()
         config = VmConfig(
@@ -90,16 +106,35 @@ class World:
         self.vm = Vm(config, meter=self.meter)
         self.slots: list[SlotOf] = []
         self.slot_ids: list[list[int]] = []
-        self._set_capabilities()
+        if kvm.accel == "kvm":  # TCG resets its tracking at the sync, as KVM's GET does without manual protection
+            self._set_capabilities()
         self.vcpus: list[Vcpu] = [self.vm.create_vcpu(i) for i in range(guest.vcpus)]
         self._map_memory()
-        streams = [stream for config in guest.workload for stream in streams_of(config)]
+        streams = [self._slowed(stream) for config in guest.workload for stream in streams_of(config)]
         self.workload = Workload(streams, self.memory.chunks, stream_key(seed))
+        self._start_streams()
         self._buffers = np.zeros((2, CHUNK_WORDS), dtype=np.uint64)
+        self._summary = np.zeros(SUMMARY_WORDS, dtype=np.uint64)
         self._by_slot = {of.slot.id: of for of in self.slots}
         if not bulk:
             self.vm.observer = self._observe
             self.vm.store_hook = self._stored
+
+    def _slowed(self, stream: Stream) -> Stream:
+        """Under TCG the loop's syncs and the TLB resets they bring cost the guest a share of its time."""
+        if self.scenario.kvm.accel != "tcg":
+            return stream
+        return replace(stream, pages_per_s=stream.pages_per_s * (1.0 - self.costs.ns("qemu_tcg_slowdown")))
+
+    def _start_streams(self) -> None:
+        """A sweep that was under way before migrate starts where it stood; other laws have no memory."""
+        at = 0
+        for config in self.scenario.guest.workload:
+            for stream in streams_of(config):
+                swept = stream.pages_per_s * config.running / NS_PER_S
+                self.workload.clock[at] = swept
+                self.workload.seen[:, at] = swept
+                at += 1
 
     def _set_capabilities(self) -> None:
         protect = MANUAL_PROTECT[self.scenario.kvm.manual_dirty_log_protect]
@@ -143,8 +178,8 @@ class World:
         return round(self.costs.ns("qemu_setup"))
 
     def log_stop(self) -> None:
-        """Logging off; QEMU does this when the guest runs again, or never once it has moved."""
-        for of in self.slots:
+        """Logging off, as QEMU does when the guest runs on here. A bulk guest keeps split tables: nobody looks."""
+        for of in self.slots if not self.bulk else ():
             self._set_flags(self._current(of), 0)
 
     def _current(self, of: SlotOf) -> Memslot:
@@ -173,8 +208,24 @@ class World:
         self.workload.set_pace(1.0, 1.0)
 
     def set_throttle(self, percentage: int) -> None:
-        """cpu-throttle-percentage: every vCPU runs for the rest of the time."""
-        self.workload.set_pace(1.0 - percentage / 100.0, self.workload.slowdown)
+        """cpu-throttle-percentage: every vCPU runs for what `duty` leaves it."""
+        late_ns = self.costs.throttle_tick_delay_ns(percentage)
+        share = duty(percentage, wake_ns=round(self.costs.ns("qemu_throttle_wake")), tick_delay_ns=late_ns)
+        self.workload.set_pace(share, self.workload.slowdown)
+
+    def sync_wait_ns(self, percentage: int, chance: float) -> int:
+        """TCG's sync runs a no-op on every vCPU after it (tcg_log_global_after_sync), which a sleep holds up."""
+        if self.scenario.kvm.accel != "tcg" or not percentage or chance >= percentage / 100:
+            return 0
+        return round(TIMESLICE_NS * chance / (1 - percentage / 100))  # what is left of the sleep, evenly
+
+    def missing_page_requests(self, missing_pages: int, push_ns: int) -> int:
+        """Post-copy: streams ask for their part of what is missing."""
+        asked = 0
+        for stream in self.workload.streams:
+            part = min(missing_pages, stream.end - stream.first)
+            asked += requests(part, stream.end - stream.first, stream.pages_per_s, push_ns / NS_PER_S)
+        return min(asked, missing_pages)
 
     # -- writes one by one: the readable form of fused_kernels.catch_up_chunk ----------------------------------------
 
@@ -195,8 +246,8 @@ class World:
             return
         hits, scratch = self._buffers
         if not draw_hits(
-            hits, scratch, block.first_page + base, pages, unit, w.law, w.first, w.end, w.clock, w.seen[unit],
-            w.visits, w.seed_key,
+            hits, self._summary, scratch, block.first_page + base, pages, unit, w.law, w.first, w.end, w.clock,
+            w.seen[unit], w.visits, w.seed_key,
         ):  # fmt: skip
             return
         for word in np.flatnonzero(hits[: pages + 63 >> 6]):

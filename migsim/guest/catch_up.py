@@ -16,6 +16,7 @@ from migsim.guest import draw
 from migsim.guest.draw import chunk_key, draw_sweep, draw_uniform
 from migsim.guest.workload import SEQUENTIAL
 from migsim.planes import Words
+from migsim.words import ONE, ONES, ZERO, lowest_bit
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -24,6 +25,7 @@ Floats = NDArray[np.float64]
 @njit(cache=True, nogil=True)
 def draw_hits(
     hits: Words,
+    summary: Words,
     scratch: Words,
     base: int,
     pages: int,
@@ -38,7 +40,8 @@ def draw_hits(
 ) -> bool:
     """Draw the writes that fell into a unit since its `seen` clocks; advance `seen`; True if there may be any.
 
-    `hits`, `scratch`: uint64[>= ceil(pages / 64)]; `hits` is overwritten. `clock`: float64[S] of this moment;
+    `hits`, `scratch`: uint64[>= ceil(pages / 64)], `summary` of `hits`: uint64[>= 64]; `hits` is cleared first, where
+    its summary says there is something. `clock`: float64[S] of this moment;
     `seen`: float64[S], this unit's row. Deterministic in (seed key, stream, unit, visit).
     """
     any_hit = False
@@ -52,13 +55,12 @@ def draw_hits(
             continue
         if not any_hit:
             any_hit = True
-            for i in range((pages + 63) >> 6):
-                hits[i] = np.uint64(0)
+            _wipe(hits, summary)
         if law[s] == SEQUENTIAL:
-            draw_sweep(hits[: (pages + 63) >> 6], base, first[s], end[s], seen[s], clock[s])
+            draw_sweep(hits[: (pages + 63) >> 6], summary, base, first[s], end[s], seen[s], clock[s])
         else:
             p = -math.expm1(-writes / (end[s] - first[s]))
-            draw_uniform(hits, scratch, a - base, b - base, p, chunk_key(seed_key, s, unit, visit))
+            draw_uniform(hits, summary, scratch, a - base, b - base, p, chunk_key(seed_key, s, unit, visit))
         seen[s] = clock[s]
     if any_hit:
         visits[unit] = visit + np.uint32(1)
@@ -66,13 +68,48 @@ def draw_hits(
 
 
 @njit(cache=True, nogil=True)
-def write_words(hits: Words, stale: Words, zero: Words, has_zero: bool, w0: int, n_words: int) -> None:
-    """The ground truth of stores to the pages of `hits` (GuestMemory.write, 64 pages at a time; words settled)."""
-    for i in range(n_words):
-        stale[w0 + i] |= hits[i]
+def _wipe(hits: Words, summary: Words) -> None:
+    """Clear the words the summary knows of, and the summary."""
+    for g in range(len(summary)):
+        left = summary[g]
+        while left != ZERO:
+            hits[(g << 6) + lowest_bit(left)] = ZERO
+            left &= left - ONE
+        summary[g] = ZERO
+
+
+@njit(cache=True, nogil=True)
+def write_words(
+    hits: Words, summary: Words, stale: Words, stale_summary: Words, zero: Words, has_zero: bool, w0: int, groups: int
+) -> None:
+    """The ground truth of stores to the pages of `hits` (GuestMemory.write, 64 pages at a time; words settled).
+
+    `w0`: the first word in the planes; `groups`: 64-word groups of `hits`.
+    """
+    for g in range(groups):
+        left = summary[g]
+        stale_summary[(w0 >> 6) + g] |= left
+        if left == ONES:
+            for i in range(g << 6, (g + 1) << 6):
+                stale[w0 + i] |= hits[i]
+        else:
+            while left != ZERO:
+                i = (g << 6) + lowest_bit(left)
+                stale[w0 + i] |= hits[i]
+                left &= left - ONE
     if has_zero:
-        for i in range(n_words):
+        clear_zero(hits, summary, zero, w0, groups)
+
+
+@njit(cache=True, nogil=True)
+def clear_zero(hits: Words, summary: Words, zero: Words, w0: int, groups: int) -> None:
+    """A page written is no longer known to be zero."""
+    for g in range(groups):
+        left = summary[g]
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
             zero[w0 + i] &= ~hits[i]
+            left &= left - ONE
 
 
 def pages_hit(

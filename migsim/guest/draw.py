@@ -16,6 +16,7 @@ from numba import njit
 
 from migsim.planes import Words
 from migsim.sim import prng
+from migsim.words import raise_summary
 
 _GOLDEN = np.uint64(prng.GOLDEN)
 _MIX_1 = np.uint64(prng.MIX_1)
@@ -66,7 +67,7 @@ def _set_range(out: Words, first: int, end: int) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _skip(out: Words, first: int, end: int, p: float, key: np.uint64) -> None:
+def _skip(out: Words, summary: Words, first: int, end: int, p: float, key: np.uint64) -> None:
     """OR each bit of [first, end) with probability p, by geometric skipping."""
     scale = 1.0 / math.log1p(-p)
     key ^= _SALT
@@ -78,7 +79,9 @@ def _skip(out: Words, first: int, end: int, p: float, key: np.uint64) -> None:
         if gap >= end - at:
             return
         at += int(gap)
-        out[at >> 6] |= _ONE << (np.uint64(at) & _LOW6)
+        word = at >> 6
+        out[word] |= _ONE << (np.uint64(at) & _LOW6)
+        summary[word >> 6] |= _ONE << (np.uint64(word) & _LOW6)
         at += 1
         if at >= end:
             return
@@ -136,18 +139,22 @@ def _chain(out: Words, w0: int, w1: int, digits: int, key: np.uint64) -> None:
 
 
 @njit(cache=True, nogil=True)
-def draw_uniform(out: Words, scratch: Words, first: int, end: int, p: float, key: np.uint64) -> None:
+def draw_uniform(
+    out: Words, summary: Words, scratch: Words, first: int, end: int, p: float, key: np.uint64
+) -> None:
     """OR each bit of [first, end) of `out` with probability p, independently.
 
     `out`, `scratch`: uint64[>= ceil(end / 64)]; `scratch` is overwritten when the ends are not word-aligned.
+    `summary`: uint64, of the words of `out` (see migsim.words).
     """
     if p <= 0.0 or end <= first:
         return
+    if p < DENSE_FROM:
+        _skip(out, summary, first, end, p, key)
+        return
+    raise_summary(summary, first >> 6, (end + 63) >> 6)
     if p >= 1.0:
         _set_range(out, first, end)
-        return
-    if p < DENSE_FROM:
-        _skip(out, first, end, p, key)
         return
     digits = int(p * 4096.0)
     rest = (p - digits / 4096.0) / (1.0 - digits / 4096.0)
@@ -163,11 +170,18 @@ def draw_uniform(out: Words, scratch: Words, first: int, end: int, p: float, key
         for i in range(w0, w1):
             out[i] |= scratch[i]
     if rest > 0.0:
-        _skip(out, first, end, rest, key)
+        _skip(out, summary, first, end, rest, key)
 
 
 @njit(cache=True, nogil=True)
-def draw_sweep(out: Words, base: int, first: int, end: int, start: float, stop: float) -> None:
+def _sweep_range(out: Words, summary: Words, first: int, end: int) -> None:
+    if end > first:
+        _set_range(out, first, end)
+        raise_summary(summary, first >> 6, (end + 63) >> 6)
+
+
+@njit(cache=True, nogil=True)
+def draw_sweep(out: Words, summary: Words, base: int, first: int, end: int, start: float, stop: float) -> None:
     """OR the pages a sequential sweep of [first, end) wrote between its write counts `start` and `stop`.
 
     Pages are numbered from `base` (bit 0 of `out`); `out` covers `64 * len(out)` pages. Write k goes to page
@@ -179,12 +193,12 @@ def draw_sweep(out: Words, base: int, first: int, end: int, start: float, stop: 
         return
     limit = base + 64 * len(out)
     if b - a >= n:
-        _set_range(out, max(first, base) - base, min(end, limit) - base)
+        _sweep_range(out, summary, max(first, base) - base, min(end, limit) - base)
         return
     lo, hi = first + a % n, first + a % n + (b - a)
-    _set_range(out, max(lo, base) - base, min(min(hi, end), limit) - base)
+    _sweep_range(out, summary, max(lo, base) - base, min(min(hi, end), limit) - base)
     if hi > end:
-        _set_range(out, max(first, base) - base, min(hi - n, limit) - base)
+        _sweep_range(out, summary, max(first, base) - base, min(hi - n, limit) - base)
 
 
 def bits_hit(first: int, end: int, p: float, key: int) -> set[int]:

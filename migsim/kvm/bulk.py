@@ -12,7 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from migsim.planes import Words
-from migsim.words import ZERO, popcount
+from migsim.words import ONE, ONES, ZERO, lowest_bit, popcount
 
 Ints = NDArray[np.int64]
 
@@ -21,72 +21,95 @@ PF_FAST, PML_LOGGED, REARMED, PF_FIXED, SPLITS, TABLES = range(6)
 COUNTS_LEN = 6
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _store_word(hit: np.uint64, log: Words, writable: Words, i: int) -> np.uint64:
+    """A store to the pages of `hit` under write protection; the pages that faulted."""
+    w = writable[i]
+    fault = hit & ~w
+    writable[i] = w | hit
+    log[i] |= fault
+    return popcount(fault)
+
+
 @njit(cache=True, nogil=True)
 def store_mapped(
-    hits: Words, log: Words, writable: Words, w0: int, n_words: int, counts: Ints
+    hits: Words, summary: Words, log: Words, log_summary: Words, writable: Words, w0: int, groups: int, counts: Ints
 ) -> None:
     """Guest stores to the pages of `hits` in a slot logged by write protection.
 
     A store to a page without W takes the fast page fault: W is set and the page is marked. One to a page with W goes
-    through silently: it is marked already (kvm.md 3.5). D of these leaves is set since they were made.
+    through silently: it is marked already (kvm.md 3.5). D of these leaves is set since they were made. `summary` of
+    `hits`, `log_summary` of `log`; `w0`: the first word in the planes; `groups`: 64-word groups.
     """
     fast = ZERO
-    for i in range(n_words):
-        hit = hits[i]
-        w = writable[w0 + i]
-        fault = hit & ~w
-        fast += popcount(fault)
-        writable[w0 + i] = w | hit
-        log[w0 + i] |= fault
+    for g in range(groups):
+        left = summary[g]
+        log_summary[(w0 >> 6) + g] |= left
+        if left == ONES:
+            for i in range(g << 6, (g + 1) << 6):
+                fast += _store_word(hits[i], log, writable, w0 + i)
+        else:
+            while left != ZERO:
+                i = (g << 6) + lowest_bit(left)
+                fast += _store_word(hits[i], log, writable, w0 + i)
+                left &= left - ONE
     counts[PF_FAST] += np.int64(fast)
 
 
 @njit(cache=True, nogil=True)
-def store_writable_pml(hits: Words, log: Words, dirty: Words, w0: int, n_words: int, counts: Ints) -> None:
-    """store_mapped_pml where every leaf has W, as after an eager split."""
-    logged = ZERO
-    for i in range(n_words):
-        d = dirty[w0 + i]
-        new = hits[i] & ~d
-        logged += popcount(new)
-        dirty[w0 + i] = d | new
-        log[w0 + i] |= new
-    counts[PML_LOGGED] += np.int64(logged)
+def store_writable_pml(
+    hits: Words, summary: Words, log: Words, log_summary: Words, dirty: Words, w0: int, groups: int, counts: Ints
+) -> None:
+    """Guest stores in a slot logged by PML whose leaves all have W, as after an eager split.
+
+    The CPU sets D and logs the page where D was clear. The buffers are drained before anybody looks at the log, so
+    the entries are ORed into it at once. It is store_mapped with D for W, and counts log entries instead of faults.
+    """
+    before = counts[PF_FAST]
+    store_mapped(hits, summary, log, log_summary, dirty, w0, groups, counts)
+    counts[PML_LOGGED] += counts[PF_FAST] - before
+    counts[PF_FAST] = before
 
 
 @njit(cache=True, nogil=True)
 def store_mapped_pml(
-    hits: Words, log: Words, writable: Words, dirty: Words, w0: int, n_words: int, counts: Ints
-) -> None:
-    """Guest stores in a slot logged by PML: the CPU sets D and logs the page where D was clear.
+    hits: Words, summary: Words, log: Words, log_summary: Words, writable: Words, dirty: Words, w0: int, groups: int,
+    counts: Ints,
+) -> None:  # fmt: skip
+    """The same where some leaves lack W (split from a write-protected huge page): the fast page fault comes first."""
+    store_mapped(hits, summary, log, log_summary, writable, w0, groups, counts)
+    store_writable_pml(hits, summary, log, log_summary, dirty, w0, groups, counts)
 
-    The buffers are drained before anybody looks at the log, so the entries are ORed into it at once. A leaf without
-    W (split from a write-protected huge page) takes the fast page fault first.
-    """
-    fast = logged = ZERO
-    for i in range(n_words):
-        hit = hits[i]
-        w, d = writable[w0 + i], dirty[w0 + i]
-        fault, new = hit & ~w, hit & ~d
-        fast += popcount(fault)
-        logged += popcount(new)
-        writable[w0 + i] = w | hit
-        dirty[w0 + i] = d | hit
-        log[w0 + i] |= fault | new
-    counts[PF_FAST] += np.int64(fast)
-    counts[PML_LOGGED] += np.int64(logged)
+
+@njit(cache=True, nogil=True, inline="always")
+def _rearm_word(mask: Words, log: Words, protection: Words, i: int) -> np.uint64:
+    """Take `mask`'s bits that are set in the log and protect those pages; the mask's word is used up."""
+    taken = mask[i] & log[i]
+    log[i] &= ~taken
+    protection[i] &= ~taken
+    mask[i] = ZERO
+    return popcount(taken)
 
 
 @njit(cache=True, nogil=True)
-def rearm(mask: Words, m0: int, log: Words, protection: Words, w0: int, n_words: int, counts: Ints) -> None:
-    """Take the bits of `mask` that are set in the log, and re-arm just those pages (kvm.md 3.6, 3.7).
+def rearm(
+    mask: Words, mask_summary: Words, log: Words, protection: Words, w0: int, groups: int, counts: Ints
+) -> int:
+    """Take the bits of `mask` that are set in the log, re-arm just those pages, and empty `mask` (kvm.md 3.6, 3.7).
 
-    `protection` is the W plane (write protection) or the D plane (PML).
+    `protection` is the W plane (write protection) or the D plane (PML). Returns the pages re-armed. The log's summary
+    may keep bits of words that are now zero: it only says "may".
     """
     taken = ZERO
-    for i in range(n_words):
-        t = mask[m0 + i] & log[w0 + i]
-        log[w0 + i] &= ~t
-        protection[w0 + i] &= ~t
-        taken += popcount(t)
+    for g in range(w0 >> 6, (w0 >> 6) + groups):
+        left = mask_summary[g]
+        mask_summary[g] = ZERO
+        if left == ONES:
+            for i in range(g << 6, (g + 1) << 6):
+                taken += _rearm_word(mask, log, protection, i)
+        else:
+            while left != ZERO:
+                taken += _rearm_word(mask, log, protection, (g << 6) + lowest_bit(left))
+                left &= left - ONE
     counts[REARMED] += np.int64(taken)
+    return np.int64(taken)

@@ -83,7 +83,7 @@ def _start(loop: Precopy) -> None:
     loop.stats.downtime_ns = (loop.clock.ms(loop.now_ns) - loop.clock.ms(start)) * NS_PER_MS
     if late_state:
         loop.set_status("postcopy-active")
-    loop.events.append((loop.now_ns + loop.costs.postcopy_run_ns, "RESUME", {}))
+    switchover.resumed(loop, loop.costs.postcopy_run_ns)
 
 
 def _discard(loop: Precopy) -> None:

@@ -28,8 +28,9 @@ from migsim.migration.ram_kernels import (
     next_dirty,
     save_span,
 )
-from migsim.planes import Plane, Words
+from migsim.planes import ALL_ONES, Plane, Words
 from migsim.units import CHUNK_PAGES, PAGE_SIZE, words_of
+from migsim.words import SUMMARY_WORDS
 
 PS_PER_NS = 1000
 
@@ -73,6 +74,7 @@ class BlockState:
 
     block: RamBlock
     bmap: Plane
+    bmap_summary: Words  # of its words, see migsim.words
     clear_bmap: np.ndarray[tuple[int], np.dtype[np.uint8]]
     slots: list[KvmSlot] = field(default_factory=list)
 
@@ -123,6 +125,7 @@ class Ram:
             BlockState(
                 block,
                 Plane(block.pages, ones=True),
+                np.full(block.chunks * SUMMARY_WORDS, ALL_ONES),
                 np.zeros(block.chunks, dtype=np.uint8),
                 [
                     KvmSlot(slot_id, where.first, where.pages, _words(where.pages * with_bitmaps))
@@ -133,6 +136,7 @@ class Ram:
         ]
         self.dirty_pages = memory.pages  # migration_dirty_pages
         self.block_index = self.page = 0  # where the scan stands: last_seen_block, last_page
+        self.spent_ps = 0  # of the present call, before the part this object is asked for (multifd, xbzrle)
         self.last_sent_block = -1  # the stream names a block only when it changes
         self.rearmed_pages = self.clear_calls = 0
 
@@ -160,7 +164,8 @@ class Ram:
 
     def _merge(self, state: BlockState, slot: KvmSlot) -> int:
         state.bmap.settle_range(slot.first, slot.pages)
-        return merge_span(state.bmap.words, slot.first >> 6, slot.dirty_bmap, 0, len(slot.dirty_bmap))
+        known = slot.dirty_bmap
+        return merge_span(state.bmap.words, state.bmap_summary, slot.first >> 6, known, 0, len(known))
 
     # -- save (ram_save_iterate, ram_save_complete) ------------------------------------------------------------------
 
@@ -196,8 +201,10 @@ class Ram:
 
     def _next_dirty(self, state: BlockState, vector: Ints) -> int:
         """The first dirty page of the block from `self.page` on, or -1."""
-        bmap = state.bmap
-        return int(next_dirty(bmap.words, bmap.full, self.page, state.block.pages, self.costs.word_ps, vector))
+        bmap, end = state.bmap, state.block.pages
+        return int(
+            next_dirty(bmap.words, state.bmap_summary, bmap.full, self.page, end, self.costs.word_ps, vector)
+        )
 
     def _save_chunk(self, state: BlockState, page: int, limits: SaveLimits, vector: Ints) -> int:
         chunk = page // CHUNK_PAGES
@@ -238,7 +245,7 @@ class Ram:
         before = vector[NORMAL] + vector[DUPLICATE]
         end = chunk * CHUNK_PAGES + block.chunk_pages(chunk)
         self.page, why = save_span(
-            state.bmap.words, block.stale.words, block.zero.words, has_zero, page, end,
+            state.bmap.words, state.bmap_summary, block.stale.words, block.zero.words, has_zero, page, end,
             costs.normal_bytes, costs.zero_bytes, limits.bytes, costs.normal_ps, costs.zero_ps, costs.word_ps,
             limits.ps, vector,
         )  # fmt: skip

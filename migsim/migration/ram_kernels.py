@@ -39,20 +39,32 @@ def must_stop(state: Ints, byte_limit: int, time_limit_ps: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def next_dirty(words: Words, full: Flags, page: int, end: int, word_ps: int, state: Ints) -> int:
+def next_word(summary: Words, i: int, end: int) -> int:
+    """First word of [i, end) that may be non-zero, or `end`."""
+    while i < end:
+        left = summary[i >> 6] >> (np.uint64(i) & LOW6)
+        if left != ZERO:
+            return min(i + lowest_bit(left), end)
+        i = ((i >> 6) + 1) << 6
+    return end
+
+
+@njit(cache=True, nogil=True)
+def next_dirty(words: Words, summary: Words, full: Flags, page: int, end: int, word_ps: int, state: Ints) -> int:
     """First dirty page of [page, end), or -1; each clean word passed costs `word_ps`. `words` need not be settled."""
     while page < end:
         if full[page // CHUNK_PAGES]:
             return page
         stop = min((page // CHUNK_PAGES + 1) * CHUNK_PAGES, end)
-        todo = words[page >> 6] & (ONES << (np.uint64(page) & LOW6))
-        i, last = page >> 6, (stop + 63) >> 6
+        first, last = page >> 6, (stop + 63) >> 6
+        todo = words[first] & (ONES << (np.uint64(page) & LOW6))
+        i = first
         while todo == ZERO:
-            state[ELAPSED_PS] += word_ps
-            i += 1
+            i = next_word(summary, i + 1, last)
             if i >= last:
                 break
             todo = words[i]
+        state[ELAPSED_PS] += (i - first) * word_ps
         if todo != ZERO:
             return (i << 6) + lowest_bit(todo)
         page = stop
@@ -62,6 +74,7 @@ def next_dirty(words: Words, full: Flags, page: int, end: int, word_ps: int, sta
 @njit(cache=True, nogil=True)
 def save_span(
     bmap: Words,
+    summary: Words,
     stale: Words,
     zero: Words,
     has_zero: bool,
@@ -78,32 +91,40 @@ def save_span(
 ) -> tuple[int, int]:
     """Send the dirty pages of [first, end) in order; (next page to look at, why it stopped).
 
-    `bmap`, `stale`, `zero`: settled words over the same pages; `zero` is looked at only if `has_zero`. A page goes
+    `bmap`, `stale`, `zero`: settled words over the same pages, `summary` that of `bmap` (its bit falls with the last
+    page of a word); `zero` is looked at only if `has_zero`. A page goes
     out if `state[USED] <= byte_limit` before it (so a window overshoots by one page) and if the clock, looked at
     every 64 turns, stands below `time_limit_ps`. A page sent: its bmap bit, then its stale bit are cleared.
     Every word looked at costs `word_ps`, a page `normal_ps` or `zero_ps`. Adds up in `state`.
     """
     page = first
     while page < end:
+        found = next_word(summary, page >> 6, (end + 63) >> 6)
+        if found != page >> 6:
+            state[ELAPSED_PS] += (found - (page >> 6)) * word_ps
+            page = found << 6
+            continue
         i = page >> 6
         todo = bmap[i] & (ONES << (np.uint64(page) & LOW6))
         if end - (i << 6) < 64:
             todo &= (ONE << np.uint64(end - (i << 6))) - ONE
         state[ELAPSED_PS] += word_ps
-        if todo == ONES and (not has_zero or zero[i] == ZERO) and state[USED] + 63 * normal_bytes <= byte_limit:
+        count = np.int64(popcount(todo))
+        plain = not has_zero or zero[i] & todo == ZERO
+        if plain and state[USED] + (count - 1) * normal_bytes <= byte_limit:
+            # a whole word at once; one clock check at most falls into it: before a turn that is a multiple of 64
             turns = state[TURNS]
-            # one clock check falls into 64 turns: before the page where turns is a multiple of 64
             before = -turns % TURNS_PER_CLOCK_CHECK
-            if turns == 0 or state[ELAPSED_PS] + before * normal_ps < time_limit_ps:
-                state[TURNS] = turns + 64
-                state[USED] += 64 * normal_bytes
-                state[ELAPSED_PS] += 64 * normal_ps
-                state[NORMAL] += 64
-                state[WAS_STALE] += np.int64(popcount(stale[i]))
-                bmap[i] = ZERO
-                stale[i] = ZERO
-                page = (i + 1) << 6
-                continue
+            in_time = state[ELAPSED_PS] + before * normal_ps < time_limit_ps
+            if before >= count or turns + before == 0 or in_time:
+                state[TURNS] = turns + count
+                state[USED] += count * normal_bytes
+                state[ELAPSED_PS] += count * normal_ps
+                state[NORMAL] += count
+                state[WAS_STALE] += np.int64(popcount(stale[i] & todo))
+                bmap[i] &= ~todo
+                stale[i] &= ~todo
+                todo = ZERO
         while todo != ZERO:
             bit = lowest_bit(todo)
             page = (i << 6) + bit
@@ -125,6 +146,8 @@ def save_span(
                 state[NORMAL] += 1
                 state[USED] += normal_bytes
                 state[ELAPSED_PS] += normal_ps
+        if bmap[i] == ZERO:
+            summary[i >> 6] &= ~(ONE << (np.uint64(i) & LOW6))
         page = (i + 1) << 6
     return end, END_OF_SPAN
 
@@ -166,11 +189,13 @@ class SaveRule:
 
 
 @njit(cache=True, nogil=True)
-def merge_span(bmap: Words, b0: int, log: Words, l0: int, n_words: int) -> int:
+def merge_span(bmap: Words, summary: Words, b0: int, log: Words, l0: int, n_words: int) -> int:
     """OR `log` words into `bmap` words; how many bits were new (ramblock_sync_dirty_bitmap)."""
     new = ZERO
     for i in range(n_words):
         have, add = bmap[b0 + i], log[l0 + i]
         new += popcount(add & ~have)
         bmap[b0 + i] = have | add
+        if add != ZERO:
+            summary[(b0 + i) >> 6] |= ONE << (np.uint64(b0 + i) & LOW6)
     return int(new)

@@ -15,7 +15,7 @@ from migsim.units import NS_PER_MS, NS_PER_S
 if TYPE_CHECKING:
     from migsim.migration.precopy import Precopy
 
-__all__ = ["cancel", "complete", "finish", "part", "stop_guest"]
+__all__ = ["cancel", "complete", "finish", "part", "resumed", "stop_guest"]
 
 
 def stop_guest(loop: Precopy) -> None:
@@ -43,7 +43,7 @@ def complete(loop: Precopy) -> None:
     part(loop, "flush", lambda: loop.pass_time(loop.costs.flush_ns))
     loop.stats.downtime_ns = (loop.clock.ms(loop.now_ns) - loop.clock.ms(start)) * NS_PER_MS
     finish(loop)
-    loop.events.append((loop.now_ns + loop.costs.resume_ns, "RESUME", {}))
+    resumed(loop, loop.costs.resume_ns)
 
 
 def finish(loop: Precopy) -> None:
@@ -55,6 +55,13 @@ def finish(loop: Precopy) -> None:
     stats.mbps = stats.transferred * 8.0 / run_ms / 1000
     loop.set_status("completed")
     loop.machine.log_stop()
+
+
+def resumed(loop: Precopy, after_ns: int) -> None:
+    """The destination's vCPUs run `after_ns` from now; neither total-time nor downtime of QEMU's source knows it."""
+    if after_ns:
+        loop.parts.append(("resume", after_ns))
+    loop.events.append((loop.now_ns + after_ns, "RESUME", {}))
 
 
 def cancel(loop: Precopy) -> str:

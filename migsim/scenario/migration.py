@@ -81,6 +81,16 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
     round_limit: Annotated[int, Meta(ge=1, description="give up (cancel) after this many bitmap syncs")] | None = None
     cancel_after: Annotated[int, duration("the operator sends migrate_cancel then")] | None = None
     switchover_pause: Annotated[int, duration("how long the client waits in pre-switchover")] = 0
+    platform: Annotated[
+        Literal[
+            "none", "nova", "kubevirt", "kubevirt-ramp", "cloud-hypervisor", "ovirt-minimal-downtime",
+            "ovirt-suspend-workload", "ovirt-post-copy", "libvirt-timeout-suspend", "libvirt-timeout-postcopy",
+        ],
+        Meta(description="the management layer that polls query-migrate and sends commands"),
+    ] = "none"
+    platform_timeout: Annotated[int, duration("libvirt-timeout-*: virsh migrate --timeout")] | None = None
+    postcopy_after: Annotated[int, duration("migrate-start-postcopy is sent then")] | None = None
+    postcopy_after_passes: Annotated[int, Meta(ge=1, description="... or after so many bitmap syncs")] | None = None
 
     def __post_init__(self) -> None:
         self._check_versions()

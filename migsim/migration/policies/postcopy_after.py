@@ -20,7 +20,7 @@ class PostcopyAfter:
 
     after_ns: int | None = None
     passes: int | None = None
-    poll_interval_ns: int = 100 * NS_PER_MS
+    poll_interval_ns: int = NS_PER_MS
     sent: bool = False
 
     def __post_init__(self) -> None:

@@ -1,0 +1,126 @@
+"""Multifd: pages leave in packets on several channels; the main thread scans, batches and looks for zero pages.
+
+Source: QEMU 7.2 and 10.0 migration/multifd.c. A packet holds up to 128 pages of one block and always pays for its full
+header. The rate limit sees a packet when it is handed over, so a window overshoots by up to a packet. SYNC packets on
+every channel end each section in 7.2, each scan of RAM later (8.1 machine types).
+
+QEMU up to 8.1 had a race in multifd_queue_page: having handed a full packet over, it compared the block of the array
+it no longer owned, which the channel may have reset already, and then queued the last page once more. The page goes
+out twice and is counted in multifd-bytes, not in `normal`. How often depends on how fast a channel wakes up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from migsim.migration.ram import Ram, Saved, SaveLimits
+from migsim.migration.ram_kernels import END_OF_SPAN, RATE_LIMIT, TIME_LIMIT
+from migsim.migration.wire import MULTIFD_PACKET_PAGES, ZERO_PAGE, multifd_packet, multifd_packet_header
+from migsim.units import PAGE_SIZE
+
+__all__ = ["MultifdRam", "REQUEUE_BUSY", "REQUEUE_IDLE"]
+
+FULL_PACKET: Final = multifd_packet(MULTIFD_PACKET_PAGES)
+#: Share of full packets whose last page is queued twice: recordings of QEMU 7.2 on two CPUs, with a guest that keeps
+#: one of them busy (20 of 20.5 pages a window) and with an idle one (12 of 39).
+REQUEUE_BUSY: Final = 0.95
+REQUEUE_IDLE: Final = 0.31
+
+
+@dataclass
+class MultifdRam:
+    """`Ram` whose pages go out in packets. Same protocol; sizes to the byte, channels' pace is in `ram.costs`.
+
+    requeue: the 7.2 race above, as a share of full packets; 0 for versions without it. sync_each_section: 7.2.
+    """
+
+    ram: Ram
+    channels: int
+    requeue: float = 0.0
+    sync_each_section: bool = False
+    zero_on_channels: bool = False  # 9.0: zero pages ride in packet headers
+    setup_synced: bool = False
+    owed: float = 0.0  # fractional requeued pages not yet sent
+
+    @property
+    def dirty_pages(self) -> int:
+        return self.ram.dirty_pages
+
+    @property
+    def total_bytes(self) -> int:
+        return self.ram.total_bytes
+
+    def sync(self) -> int:
+        return self.ram.sync()
+
+    def save(self, limits: SaveLimits) -> Saved:
+        """One section: whole packets until the limit is passed, what is left in a last one, then the barrier."""
+        sum_ = _Sum()
+        why = self._with_unit_costs(lambda: self._packets(limits, sum_))
+        if sum_.queued:
+            sum_.channel_bytes += multifd_packet(sum_.queued)
+        sum_.channel_bytes += self._barrier(why)
+        page_bytes = sum_.main_bytes + sum_.channel_bytes
+        return Saved(sum_.normal, sum_.zero, page_bytes, sum_.elapsed_ps, why, sum_.channel_bytes)
+
+    def _packets(self, limits: SaveLimits, sum_: _Sum) -> int:
+        while True:
+            left = limits.bytes - sum_.main_bytes - sum_.channel_bytes
+            if left < 0:
+                return RATE_LIMIT
+            if sum_.elapsed_ps >= limits.ps:
+                return TIME_LIMIT
+            # all packets but the last in one go; zero pages between them may make that one superfluous
+            packets = max(1, min(left // FULL_PACKET, 1 << 20))
+            why = self._send(packets * MULTIFD_PACKET_PAGES - sum_.queued, packets, limits.ps - sum_.elapsed_ps, sum_)
+            if why != RATE_LIMIT:
+                return why
+
+    def _send(self, room: int, packets: int, ps: int, sum_: _Sum) -> int:
+        """Queue pages until `room` places are taken, some of them by pages queued twice."""
+        twice = min(int(self.owed + self.requeue * packets), room - 1)
+        sent = self.ram.save(SaveLimits(room - twice - 1, ps))
+        self.ram.spent_ps += sent.elapsed_ps
+        sum_.elapsed_ps += sent.elapsed_ps
+        sum_.normal += sent.normal
+        sum_.zero += sent.duplicate
+        sum_.main_bytes += sent.page_bytes - sent.normal + (0 if self.zero_on_channels else ZERO_PAGE * sent.duplicate)
+        full = sent.normal >= room - twice
+        self.owed += self.requeue * packets - twice if full else 0.0
+        places = sum_.queued + sent.normal + (twice if full else 0)
+        sum_.channel_bytes += places // MULTIFD_PACKET_PAGES * FULL_PACKET
+        sum_.queued = places % MULTIFD_PACKET_PAGES
+        return sent.why
+
+    def _barrier(self, why: int) -> int:
+        """SYNC packets: once at setup, then after each section (7.2) or once a scan of RAM."""
+        rounds = int(not self.setup_synced) + int(self.sync_each_section or why == END_OF_SPAN)
+        self.setup_synced = True
+        return rounds * self.channels * multifd_packet_header()
+
+    def _with_unit_costs(self, step: Callable[[], int]) -> int:
+        """Let the inner RAM count pages, not bytes: a data page 1, a zero page nothing."""
+        ram, costs = self.ram, self.ram.costs
+        ram.costs = replace(costs, normal_bytes=1, zero_bytes=0)
+        ram.spent_ps = 0
+        try:
+            return step()
+        finally:
+            ram.costs, ram.spent_ps = costs, 0
+
+
+@dataclass
+class _Sum:
+    """What one section has sent so far; `queued` pages wait in a packet that is not full."""
+
+    normal: int = 0
+    zero: int = 0
+    main_bytes: int = 0
+    channel_bytes: int = 0
+    elapsed_ps: int = 0
+    queued: int = 0
+
+
+assert FULL_PACKET == 128 * PAGE_SIZE + 1344

@@ -1,0 +1,215 @@
+"""XBZRLE: a page sent before goes out as its difference from the cached copy, if the cache still has it.
+
+Source: QEMU 7.2 and 10.0 migration/{ram,page_cache,xbzrle}.c. The cache is direct-mapped on page addresses, real here
+down to slot, owner and age; what a page's copy differs by is the expectation of the workload's law, because at this
+scale pages have no contents. Off during the first pass over RAM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migsim.migration.ram import PS_PER_NS, Ram, Saved, SaveLimits
+from migsim.migration.ram_kernels import END_OF_SPAN, RATE_LIMIT, TIME_LIMIT
+from migsim.migration.wire import NORMAL_PAGE, PAGE_HEADER, XBZRLE_HEADER, ZERO_PAGE
+from migsim.units import NS_PER_US, PAGE_SIZE, chunks_of
+
+__all__ = ["CACHED_PASSES", "Writers", "XbzrleCache", "XbzrleRam", "encoded_bytes"]
+
+CACHED_PASSES: Final = 2  # an entry younger than this many syncs is not evicted
+EMPTY: Final = -1
+BATCH: Final = 1 << 16
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Writers(Protocol):
+    """What the encoder may know of the guest: how often each page was written since a moment of its own clock."""
+
+    def clock(self) -> float:
+        """Seconds of full-speed running so far."""
+
+    def writes_a_second(self, pages: Ints) -> Floats:
+        """Mean writes a second of running, each page."""
+
+    def write_bytes(self, pages: Ints) -> Ints:
+        """Bytes one write changes, each page."""
+
+
+def encoded_bytes(writes: Floats, write_bytes: Ints) -> Ints:
+    """Expected length of the delta after `writes` stores of `write_bytes` at random aligned places of a page.
+
+    A run costs its bytes, a ULEB128 length (1 byte below 128) and the ULEB128 length of the gap before it; one byte
+    in 256 happens to stay equal and splits its run for one byte more. PAGE_SIZE or more means it does not pay.
+    """
+    places = np.maximum(1, PAGE_SIZE // np.maximum(write_bytes, 1)).astype(np.float64)
+    touched = places * -np.expm1(writes * np.log1p(-1.0 / np.maximum(places, 1.0000001)))
+    touched = np.clip(touched, 1.0, places)
+    runs = touched * (1.0 - (touched - 1.0) / places)
+    changed = touched * write_bytes
+    run_bytes = changed / np.maximum(runs, 1.0)
+    length = changed + runs * (np.where(run_bytes < 128, 1.0, 2.0) + 1.9) + changed / 256
+    return np.where(touched >= places, PAGE_SIZE, np.ceil(length)).astype(np.int64)
+
+
+@dataclass
+class XbzrleCache:
+    """Slots of one page: who is in, since which sync, and the guest's clock when its copy was made."""
+
+    pages: int
+    owner: Ints = field(init=False)
+    age: Ints = field(init=False)
+    copied_s: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.pages and self.pages & (self.pages - 1) == 0, "a power of two"
+        self.owner = np.full(self.pages, EMPTY, dtype=np.int64)
+        self.age = np.zeros(self.pages, dtype=np.int64)
+        self.copied_s = np.zeros(self.pages)
+
+    def hits(self, pages: Ints) -> NDArray[np.bool_]:
+        return np.asarray(self.owner[pages & (self.pages - 1)] == pages)
+
+    def insert(self, pages: Ints, now_age: int, clock_s: float) -> None:
+        """Insert or refresh; a slot that holds another page of the last syncs keeps it. No two pages of one slot."""
+        slots = pages & (self.pages - 1)
+        held = (self.owner[slots] != pages) & (self.owner[slots] != EMPTY)
+        free = ~(held & (self.age[slots] + CACHED_PASSES > now_age))
+        at = slots[free]
+        self.owner[at], self.age[at], self.copied_s[at] = pages[free], now_age, clock_s
+
+
+@dataclass
+class XbzrleRam:
+    """`Ram` with XBZRLE in front of the stream. Same protocol. `encode_ns`: comparing a page with its copy."""
+
+    ram: Ram
+    cache: XbzrleCache
+    writers: Writers
+    encode_ns: float
+    syncs: int = 0
+    started: bool = False
+    last_stage: bool = False
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("bytes", "pages", "miss", "overflow"), 0))
+
+    @property
+    def dirty_pages(self) -> int:
+        return self.ram.dirty_pages
+
+    @property
+    def total_bytes(self) -> int:
+        return self.ram.total_bytes
+
+    def sync(self) -> int:
+        self.syncs += 1
+        return self.ram.sync()
+
+    def reply(self) -> dict[str, Any]:
+        """query-migrate's xbzrle-cache, but for the two rates of the last period."""
+        c = self.counts
+        return {
+            "cache-size": self.cache.pages * PAGE_SIZE, "bytes": c["bytes"], "pages": c["pages"],
+            "cache-miss": c["miss"], "overflow": c["overflow"],
+        }  # fmt: skip
+
+    def save(self, limits: SaveLimits) -> Saved:
+        """Batches of dirty pages in scan order: size each, see how many the limits admit, let RAM send just those."""
+        normal = zero = sent_bytes = spent = 0
+        why, costs = END_OF_SPAN, self.ram.costs
+        self.ram.spent_ps = 0
+        while self.ram.dirty_pages and why == END_OF_SPAN:
+            pages, is_zero = self._next()
+            sizes, plain = self._sizes(pages, is_zero)
+            ps = np.where(is_zero, costs.zero_ps, costs.normal_ps) + np.where(plain, 0, self.encode_ns * PS_PER_NS)
+            before, clock = sent_bytes + np.cumsum(sizes) - sizes, spent + np.cumsum(ps)
+            allowed = _first(before > limits.bytes)
+            in_time = (_first(clock >= limits.ps) + 64) & ~63
+            count = min(allowed, in_time, len(pages))
+            if count:
+                named = self._send(pages[:count], is_zero[:count], plain[:count])
+                sent_bytes += int(sizes[:count].sum()) + named
+                spent = int(clock[count - 1])
+                self.ram.spent_ps = spent
+                zero += int(is_zero[:count].sum())
+                normal += int((plain[:count] & ~is_zero[:count]).sum())
+            if count < len(pages):
+                why = RATE_LIMIT if allowed <= in_time else TIME_LIMIT
+        self.ram.spent_ps = 0
+        return Saved(normal, zero, sent_bytes, spent, why)
+
+    def _next(self) -> tuple[Ints, NDArray[np.bool_]]:
+        """Guest pages of the next batch in scan order, inside one block and one span of the cache; which are zero."""
+        ram = self.ram
+        while True:
+            state = ram.blocks[ram.block_index]
+            for chunk in range(chunks_of(state.block.pages)):
+                state.bmap.settle(chunk)
+            span = min(BATCH, self.cache.pages)
+            found = np.flatnonzero(_bits(state.bmap.words, ram.page, min(ram.page + span, state.block.pages)))
+            if len(found):
+                pages = found + ram.page
+                for chunk in range(chunks_of(state.block.pages)):
+                    state.block.zero.settle(chunk)
+                words = state.block.zero.words
+                is_zero = (words[pages >> 6] >> (pages & 63).astype(np.uint64)) & np.uint64(1) != 0
+                return pages + state.block.first_page, np.asarray(is_zero)
+            ram.page += span
+            if ram.page >= state.block.pages:
+                ram.block_index, ram.page = (ram.block_index + 1) % len(ram.blocks), 0
+                self.started = self.started or ram.block_index == 0
+
+    def _sizes(self, pages: Ints, is_zero: NDArray[np.bool_]) -> tuple[Ints, NDArray[np.bool_]]:
+        """(bytes on the stream, sent whole or as zero) for each page of the batch."""
+        sizes = np.where(is_zero, ZERO_PAGE, NORMAL_PAGE).astype(np.int64)
+        if not self.started:
+            return sizes, np.ones(len(pages), dtype=bool)
+        hit = self.cache.hits(pages) & ~is_zero
+        age = self.writers.clock() - self.cache.copied_s[pages & (self.cache.pages - 1)]
+        mean = self.writers.writes_a_second(pages) * np.maximum(age, 1e-9)
+        mean = np.maximum(mean, 1e-9) / -np.expm1(-np.maximum(mean, 1e-9))  # it was written at least once
+        length = encoded_bytes(mean, self.writers.write_bytes(pages))
+        delta = hit & (length < PAGE_SIZE)
+        sizes = np.where(delta, PAGE_HEADER + XBZRLE_HEADER + length, sizes)
+        return sizes.astype(np.int64), ~delta
+
+    def _send(self, pages: Ints, is_zero: NDArray[np.bool_], plain: NDArray[np.bool_]) -> int:
+        """RAM clears and sends exactly these; the cache learns of them. Bytes of block names on top."""
+        costs = self.ram.costs
+        self.ram.costs = replace(costs, normal_bytes=1, zero_bytes=1)
+        left, named = len(pages), 0
+        while left:  # a block's name counts too, and may cut the call short
+            sent = self.ram.save(SaveLimits(left - 1, 1 << 62))
+            left -= sent.normal + sent.duplicate
+            named += sent.page_bytes - sent.normal - sent.duplicate
+        self.ram.costs = costs
+        if self.started:
+            self._learn(pages, is_zero, plain)
+        return named
+
+    def _learn(self, pages: Ints, is_zero: NDArray[np.bool_], plain: NDArray[np.bool_]) -> None:
+        hit = self.cache.hits(pages) & ~is_zero
+        self.counts["miss"] += int((~hit & ~is_zero).sum())
+        self.counts["overflow"] += int((hit & plain).sum())
+        self.counts["pages"] += int((~plain).sum())
+        if not self.last_stage:
+            self.cache.insert(pages, self.syncs, self.writers.clock())
+
+
+def _first(flags: NDArray[np.bool_]) -> int:
+    """Index of the first true one, or the length."""
+    return int(np.argmax(flags)) if flags.any() else len(flags)
+
+
+def _bits(words: NDArray[np.uint64], first: int, end: int) -> NDArray[np.uint8]:
+    """Bits [first, end) of a plane as 0 and 1."""
+    part = words[first >> 6 : (end + 63) >> 6].view(np.uint8)
+    return np.unpackbits(part, bitorder="little")[first & 63 : (first & 63) + end - first]
+
+
+assert math.isclose(NS_PER_US, 1000)
