@@ -71,6 +71,13 @@ class HostCosts:
         self.pml = kvm.pml and kvm.vendor == "intel" and kvm.mmu != "shadow"
         self.clear = clear_cost(self.rules, self.profile, guest.vcpus, pml=self.pml)
 
+    @property
+    def _armed_at_enable(self) -> bool:
+        """Does enabling the log arm every page: without INITIALLY_SET, and until 5.10 under huge leaves with it."""
+        kvm = self.scenario.kvm
+        huge = self.rules.protects_huge_at_enable and self.scenario.guest.backing != "4K"
+        return kvm.manual_dirty_log_protect != "initially-set" or huge
+
     def priced(self) -> dict[str, float]:
         """ns of the operations qemu_costs knows, where this host's profile says something about them."""
         own = {
@@ -107,7 +114,7 @@ class HostCosts:
         pools = Pools(
             pages, workload.law == SEQUENTIAL, float(guest.pages) - float(pages.sum()), BACKING_PAGES[guest.backing],
             self.rules, pml=self.pml, eager=kvm.eager_page_split,
-            protected=self.kvm and kvm.manual_dirty_log_protect != "initially-set",
+            protected=self.kvm and self._armed_at_enable,
         )  # fmt: skip
         loop = ClosedLoop(self.profile, guest.vcpus, self.rules, pools, self.clear)
         get_slots = slots if kvm.manual_dirty_log_protect == "off" else 0

@@ -129,6 +129,8 @@ class Memstress:
         counts = {"slot-swap": self.slots, "bitmap-alloc-page": 2 * self.slots + 2 * self.words * 8 // PAGE_SIZE}
         leaves = self.populated
         if self.manual == 3:
+            if self.rules.protects_huge_at_enable:  # it looks for huge pages, finds some or not, and flushes
+                counts |= self._flush(self.slots)
             if self.rules.protects_huge_at_enable and leaves.size > PAGE_SIZE:
                 huge = self.leaves_of(leaves.size)
                 counts |= {"rmap-slot-change": huge} if self.rules.rmap else self._protect_only(huge)
