@@ -12,6 +12,7 @@ from migsim.migration.policies.choice import platform_of, throttle_of
 from migsim.migration.ram import Ram
 from migsim.migration.window import HostClock
 from migsim.migration.xbzrle import Floats, Ints, XbzrleCache, XbzrleRam
+from migsim.migration.zero_pages import rule_of
 from migsim.qemu_costs import QemuCosts
 from migsim.scenario import Scenario
 from migsim.sim.prng import stream_key
@@ -42,8 +43,8 @@ def wire_ram(scenario: Scenario, ram: Ram, world: World, costs: QemuCosts) -> Ra
     if "multifd" in m.capabilities:
         writes = any(stream.pages_per_s for stream in world.workload.streams)
         requeue = (REQUEUE_BUSY if writes else REQUEUE_IDLE) if old else 0.0
-        on_channels = not old and m.zero_page_detection == "multifd"
-        return MultifdRam(ram, m.multifd_channels, requeue, sync_each_section=old, zero_on_channels=on_channels)
+        zero = rule_of(m.zero_page_detection, m.capabilities, m.compat)
+        return MultifdRam(ram, m.multifd_channels, requeue, sync_each_section=old, zero_on_channels=zero.on_channels)
     if "xbzrle" in m.capabilities:
         cache = XbzrleCache(m.xbzrle_cache_size // PAGE_SIZE)
         return XbzrleRam(ram, cache, StreamWriters(scenario, world), costs.ns("qemu_xbzrle"))

@@ -25,6 +25,7 @@ from migsim.kvm.vcpu import Vcpu
 from migsim.kvm.vm import Vm
 from migsim.migration.policies.auto_converge import TIMESLICE_NS, duty
 from migsim.migration.postcopy import requests
+from migsim.migration.zero_pages import rule_of
 from migsim.qemu_costs import QemuCosts
 from migsim.scenario import Guest, Scenario
 from migsim.scenario import Workload as WorkloadConfig
@@ -37,6 +38,7 @@ MANUAL_PROTECT = {"off": 0, "enable": 1, "initially-set": 3}
 LEVELS = {"4K": 1, "2M": 2, "1G": 3}
 MAXPHYADDR = 52  # a host that can hold the guest; TDP of 5 levels
 NEVER_NS = 1 << 62
+NEVER_PAGE = 1 << 50  # beyond any guest
 
 
 def rom_data(guest: Guest) -> list[tuple[int, int]]:
@@ -96,7 +98,7 @@ class World:
                 *layout(guest.memory, guest.numa_nodes, guest.machine),
                 *((rom.name, rom.size // PAGE_SIZE, ()) for rom in guest.rom),
             ],
-            guest.data_pages + rom_data(guest),
+            guest.data_pages + rom_data(guest) if self._looks_for_zero_pages() else [(0, NEVER_PAGE)],
         )
         self.meter = CountingMeter()
         config = VmConfig(
@@ -119,6 +121,11 @@ class World:
         if not bulk:
             self.vm.observer = self._observe
             self.vm.store_hook = self._stored
+
+    def _looks_for_zero_pages(self) -> bool:
+        """With zero-page-detection=none every page goes out whole, as one with data does."""
+        m = self.scenario.migration
+        return rule_of(m.zero_page_detection, m.capabilities, m.compat).looked_for
 
     def _slowed(self, stream: Stream) -> Stream:
         """Under TCG the loop's syncs and the TLB resets they bring cost the guest a share of its time."""

@@ -60,7 +60,7 @@ class MultifdRam:
         sum_ = _Sum()
         why = self._with_unit_costs(lambda: self._packets(limits, sum_))
         if sum_.queued:
-            sum_.channel_bytes += multifd_packet(sum_.queued)
+            sum_.channel_bytes += multifd_packet(sum_.queued_data)
         sum_.channel_bytes += self._barrier(why)
         page_bytes = sum_.main_bytes + sum_.channel_bytes
         return Saved(sum_.normal, sum_.zero, page_bytes, sum_.elapsed_ps, why, sum_.channel_bytes)
@@ -86,12 +86,11 @@ class MultifdRam:
         sum_.elapsed_ps += sent.elapsed_ps
         sum_.normal += sent.normal
         sum_.zero += sent.duplicate
-        sum_.main_bytes += sent.page_bytes - sent.normal + (0 if self.zero_on_channels else ZERO_PAGE * sent.duplicate)
-        full = sent.normal >= room - twice
+        listed = sent.duplicate if self.zero_on_channels else 0
+        sum_.main_bytes += sent.page_bytes - sent.normal - listed + ZERO_PAGE * (sent.duplicate - listed)
+        full = sent.normal + listed >= room - twice
         self.owed += self.requeue * packets - twice if full else 0.0
-        places = sum_.queued + sent.normal + (twice if full else 0)
-        sum_.channel_bytes += places // MULTIFD_PACKET_PAGES * FULL_PACKET
-        sum_.queued = places % MULTIFD_PACKET_PAGES
+        sum_.queue(sent.normal + (twice if full else 0), listed)
         return sent.why
 
     def _barrier(self, why: int) -> int:
@@ -101,9 +100,9 @@ class MultifdRam:
         return rounds * self.channels * multifd_packet_header()
 
     def _with_unit_costs(self, step: Callable[[], int]) -> int:
-        """Let the inner RAM count pages, not bytes: a data page 1, a zero page nothing."""
+        """Let the inner RAM count places in packets: a page of data takes one, a zero page if it is listed."""
         ram, costs = self.ram, self.ram.costs
-        ram.costs = replace(costs, normal_bytes=1, zero_bytes=0)
+        ram.costs = replace(costs, normal_bytes=1, zero_bytes=int(self.zero_on_channels))
         ram.spent_ps = 0
         try:
             return step()
@@ -113,7 +112,7 @@ class MultifdRam:
 
 @dataclass
 class _Sum:
-    """What one section has sent so far; `queued` pages wait in a packet that is not full."""
+    """What one section has sent so far; `queued` places, `queued_data` of them data, wait in a packet not yet full."""
 
     normal: int = 0
     zero: int = 0
@@ -121,6 +120,14 @@ class _Sum:
     channel_bytes: int = 0
     elapsed_ps: int = 0
     queued: int = 0
+    queued_data: int = 0
+
+    def queue(self, data: int, zero: int) -> None:
+        """Fill packets with `data` pages and `zero` listed ones; where both occur they are spread evenly."""
+        places, pages = self.queued + data + zero, self.queued_data + data
+        full, self.queued = divmod(places, MULTIFD_PACKET_PAGES)
+        self.queued_data = self.queued * pages // places if places else 0
+        self.channel_bytes += full * multifd_packet_header() + (pages - self.queued_data) * PAGE_SIZE
 
 
 assert FULL_PACKET == 128 * PAGE_SIZE + 1344

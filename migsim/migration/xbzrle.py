@@ -96,6 +96,7 @@ class XbzrleRam:
     syncs: int = 0
     started: bool = False
     last_stage: bool = False
+    marked_s: tuple[float, float] = (0.0, 0.0)  # guest's clock at the last two syncs: between them pages were marked
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("bytes", "pages", "miss", "overflow"), 0))
 
     @property
@@ -108,6 +109,7 @@ class XbzrleRam:
 
     def sync(self) -> int:
         self.syncs += 1
+        self.marked_s = (self.marked_s[1], self.writers.clock())
         return self.ram.sync()
 
     def reply(self) -> dict[str, Any]:
@@ -170,17 +172,21 @@ class XbzrleRam:
         if not self.started:
             return sizes, np.ones(len(pages), dtype=bool)
         hit = self.cache.hits(pages) & ~is_zero
-        age = self.writers.clock() - self.cache.copied_s[pages & (self.cache.pages - 1)]
-        mean = self.writers.writes_a_second(pages) * np.maximum(age, 1e-9)
-        mean = np.maximum(mean, 1e-9) / -np.expm1(-np.maximum(mean, 1e-9))  # it was written at least once
-        length = encoded_bytes(mean, self.writers.write_bytes(pages))
+        rate = np.maximum(self.writers.writes_a_second(pages), 1e-9)
+        copied, now = self.cache.copied_s[pages & (self.cache.pages - 1)], self.writers.clock()
+        changed = _changed(rate, copied, now, *self.marked_s)
+        mean = np.maximum(rate * (now - copied), 1e-9)
+        length = encoded_bytes(mean / -np.expm1(-mean), self.writers.write_bytes(pages))
         delta = hit & (length < PAGE_SIZE)
-        sizes = np.where(delta, PAGE_HEADER + XBZRLE_HEADER + length, sizes)
+        expected = np.rint(changed * (PAGE_HEADER + XBZRLE_HEADER + length))
+        overflow = np.rint(changed * NORMAL_PAGE)
+        sizes = np.where(delta, expected, np.where(hit, overflow, sizes))
+        self.counts["bytes"] += int((changed * (XBZRLE_HEADER + length))[delta].sum())
         return sizes.astype(np.int64), ~delta
 
     def _send(self, pages: Ints, is_zero: NDArray[np.bool_], plain: NDArray[np.bool_]) -> int:
         """RAM clears and sends exactly these; the cache learns of them. Bytes of block names on top."""
-        costs = self.ram.costs
+        costs, block = self.ram.costs, self.ram.block_index
         self.ram.costs = replace(costs, normal_bytes=1, zero_bytes=1)
         left, named = len(pages), 0
         while left:  # a block's name counts too, and may cut the call short
@@ -190,6 +196,8 @@ class XbzrleRam:
         self.ram.costs = costs
         if self.started:
             self._learn(pages, is_zero, plain)
+        first = int(pages[0]) - self.ram.blocks[block].block.first_page
+        self.started |= self.ram.block_index < block or (self.ram.block_index == block and self.ram.page <= first)
         return named
 
     def _learn(self, pages: Ints, is_zero: NDArray[np.bool_], plain: NDArray[np.bool_]) -> None:
@@ -199,6 +207,16 @@ class XbzrleRam:
         self.counts["pages"] += int((~plain).sum())
         if not self.last_stage:
             self.cache.insert(pages, self.syncs, self.writers.clock())
+
+
+def _changed(rate: Floats, copied: Floats, now: float, since: float, until: float) -> Floats:
+    """Chance that a page differs from its copy, given that a write between two syncs marked it.
+
+    The write may lie before the copy, which then holds it already: nothing is sent for such a page. Poisson writes.
+    """
+    before_copy = -np.expm1(-rate * np.clip(np.minimum(copied, until) - since, 0.0, None))
+    marked = np.maximum(-np.expm1(-rate * max(until - since, 0.0)), 1e-12)
+    return np.clip(1.0 - np.exp(-rate * np.maximum(now - copied, 0.0)) * before_copy / marked, 0.0, 1.0)
 
 
 def _first(flags: NDArray[np.bool_]) -> int:
