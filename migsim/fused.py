@@ -34,6 +34,7 @@ from migsim.fused_kernels import (
     Ints,
     SlotView,
     Streams,
+    give_back,
     harvest_chunk,
     send_pages,
     sync_chunks,
@@ -104,6 +105,7 @@ class FusedRam(Ram):
         self.streams = Streams(w.law, w.first, w.end, w.clock, w.rate, w.seen, w.visits, w.seed_key)
         self._kvm_slots, self._verify = kvm_slots, verify
         self._extents: list[list[Extent]] = []
+        self._loans: dict[int, tuple[Ints, Words, Words, Words]] = {}
         self.scratch = [(_buffer(), _buffer()[:SUMMARY_WORDS], _buffer()) for _ in range(threads)]
         self.lock = Lock()
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -131,14 +133,27 @@ class FusedRam(Ram):
         slot = SlotView(
             pages, first // CHUNK_PAGES, kvm.log.words, sums[0], kvm.log.full, kvm.writable.words, kvm.writable.full,
             kvm.dirty.words, kvm.dirty.full, kvm.present.words, kvm.present.full, kvm.tabled, known.words, sums[1],
-            known.full, kvm.pml, self.lazy_clear,
+            known.full, np.zeros(chunks_of(pages), dtype=np.uint8), kvm.pml, self.lazy_clear,
         )  # fmt: skip
         view = BlockView(
             block.pages, block.first_page, block.first_chunk, bmap.words, state.bmap_summary, bmap.full,
             state.clear_bmap, truth.words, truth_sum, truth.full, block.zero.words, block.zero.full, _any_zero(block),
-            verify,
+            verify, *self._hot(state, verify),
         )  # fmt: skip
         return Extent(kvm, slot, view, first, first + pages)
+
+    def _hot(self, state: BlockState, verify: bool) -> tuple[Ints, Words, Words, Words]:
+        """The loan of a block, shared by its extents: which chunk, and buffers for its bmap, summary and stale."""
+        index = self.blocks.index(state)
+        if index not in self._loans:
+            bmap = _buffer()
+            self._loans[index] = (np.full(1, -1), bmap, _buffer()[:SUMMARY_WORDS], _buffer() if verify else bmap)
+        return self._loans[index]
+
+    def _return_loans(self) -> None:
+        for side in self.extents:
+            for extent in side[:1]:
+                give_back(extent.block)
 
     def costs_now(self) -> Costs:
         """The kernels' form of the costs in force."""
@@ -151,6 +166,7 @@ class FusedRam(Ram):
 
     def sync(self) -> int:
         """Every slot's GET and merge, chunk by chunk, over the threads; results do not depend on how many."""
+        self._return_loans()
         before = int(self.results[NEW])
         for side in self.extents:
             for extent in side:
@@ -264,6 +280,7 @@ class FusedRam(Ram):
 
     def lost(self) -> tuple[int, int]:
         """(pages found lost at a sync so far, one of them or -1)."""
+        self._return_loans()
         return int(self.results[LOST]), int(self.results[FIRST_LOST])
 
     @property

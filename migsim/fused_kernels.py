@@ -20,10 +20,12 @@ from migsim.units import CHUNK_PAGES, CHUNK_WORDS
 from migsim.words import (
     LOW6,
     ONE,
+    ONES,
     SUMMARY_WORDS,
     ZERO,
     lowest_bit,
     popcount,
+    raise_summary,
     settle_chunk,
     settle_summed,
     settle_zero,
@@ -72,6 +74,7 @@ class SlotView(NamedTuple):
     known: Words
     known_summary: Words
     known_full: Flags
+    known_is_bmap: Flags  # the last GET of the chunk equals the block's bitmap, so `known` was not written
     pml: bool
     manual: bool  # GET only copies; without manual protection it takes the bits and protects at once
 
@@ -93,6 +96,10 @@ class BlockView(NamedTuple):
     zero_full: Flags
     zero_any: Flags
     verify: bool
+    borrowed: Ints  # [chunk] whose bmap and stale words are in the three buffers below, or [-1]
+    hot_bmap: Words
+    hot_summary: Words
+    hot_stale: Words
 
 
 class Costs(NamedTuple):
@@ -213,23 +220,35 @@ def _count(words: Words, w0: int, n_words: int) -> int:
 
 @njit(cache=True, nogil=True)
 def _merge(chunk: int, sc: int, groups: int, slot: SlotView, block: BlockView) -> int:
-    """Copy the log's words into `known` and OR them into the bitmap; how many bits were new there."""
+    """OR the log's words into the bitmap; how many bits were new there. What GET showed is kept in `known`, unless
+    the bitmap now says the same."""
     new = ZERO
+    rest = ZERO  # marked in the bitmap, but not by this GET
     for g in range(groups):
-        s = sc * SUMMARY_WORDS + g
-        left = slot.log_summary[s] | slot.known_summary[s]
-        slot.known_summary[s] = slot.log_summary[s]
-        block.bmap_summary[chunk * SUMMARY_WORDS + g] |= slot.log_summary[s]
+        s, b = sc * SUMMARY_WORDS + g, chunk * SUMMARY_WORDS + g
+        left = slot.log_summary[s] | block.bmap_summary[b]
+        block.bmap_summary[b] = left
         while left != ZERO:
             i = (g << 6) + lowest_bit(left)
             left &= left - ONE
             log = slot.log[sc * CHUNK_WORDS + i]
             have = block.bmap[chunk * CHUNK_WORDS + i]
-            slot.known[sc * CHUNK_WORDS + i] = log
-            block.bmap[chunk * CHUNK_WORDS + i] = have | log
+            rest |= have & ~log
             new += popcount(log & ~have)
+            if log & ~have:
+                block.bmap[chunk * CHUNK_WORDS + i] = have | log
             if log == ZERO:
                 slot.log_summary[s] &= ~(ONE << (np.uint64(i) & LOW6))
+    slot.known_is_bmap[sc] = rest == ZERO
+    if rest == ZERO:
+        return np.int64(new)
+    for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
+        left = slot.log_summary[g] | slot.known_summary[g]
+        slot.known_summary[g] = slot.log_summary[g]
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
+            left &= left - ONE
+            slot.known[i] = slot.log[i]
     return np.int64(new)
 
 
@@ -289,7 +308,7 @@ def sync_chunks(
 
 
 @njit(cache=True, nogil=True)
-def _clear_chunk(chunk: int, slot: SlotView, costs: Costs, counts: Ints, results: Ints) -> int:
+def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, counts: Ints, results: Ints) -> int:
     """CLEAR of one chunk with what the last GET showed; what it cost in ps."""
     sc = chunk - slot.offset
     pages = min(CHUNK_PAGES, slot.pages - sc * CHUNK_PAGES)
@@ -303,20 +322,87 @@ def _clear_chunk(chunk: int, slot: SlotView, costs: Costs, counts: Ints, results
         else:
             settle_zero(slot.writable, slot.writable_full, sc)
         zero_chunk(slot.known, slot.known_full, sc)
-        count = pages
         counts[REARMED] += pages
+        count = pages
     else:
-        settle_summed(slot.known, slot.known_full, slot.known_summary, sc, slot.pages)
         settle_summed(slot.log, slot.log_full, slot.log_summary, sc, slot.pages)
         if slot.pml:
             settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
-            count = rearm(slot.known, slot.known_summary, slot.log, slot.dirty, w0, groups, counts)
         else:
             settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
-            count = rearm(slot.known, slot.known_summary, slot.log, slot.writable, w0, groups, counts)
+        protection = slot.dirty if slot.pml else slot.writable
+        if slot.known_is_bmap[sc]:
+            count = rearm(
+                block.bmap, block.bmap_summary, chunk * CHUNK_WORDS, slot.log, protection, w0, groups, counts
+            )
+        else:
+            settle_summed(slot.known, slot.known_full, slot.known_summary, sc, slot.pages)
+            count = rearm(slot.known, slot.known_summary, w0, slot.log, protection, w0, groups, counts)
+            for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
+                left = slot.known_summary[g]
+                slot.known_summary[g] = ZERO
+                while left != ZERO:
+                    slot.known[(g << 6) + lowest_bit(left)] = ZERO
+                    left &= left - ONE
+    slot.known_is_bmap[sc] = 0
     results[REARMED_PAGES] += count
     results[CLEAR_CALLS] += 1
     return costs.clear_ps + count * costs.clear_page_ps
+
+
+@njit(cache=True, nogil=True)
+def _borrow(chunk: int, block: BlockView) -> None:
+    """Send a chunk that is lazily all ones from buffers: its words in the planes need never be touched."""
+    pages = min(CHUNK_PAGES, block.pages - chunk * CHUNK_PAGES)
+    whole = pages >> 6
+    for i in range(whole):
+        block.hot_bmap[i] = block.hot_stale[i] = ONES
+    for i in range(whole, CHUNK_WORDS):
+        block.hot_bmap[i] = block.hot_stale[i] = ZERO
+    if pages & 63:
+        block.hot_bmap[whole] = block.hot_stale[whole] = ONES >> np.uint64(64 - (pages & 63))
+    for g in range(SUMMARY_WORDS):
+        block.hot_summary[g] = ZERO
+    raise_summary(block.hot_summary, 0, (pages + 63) >> 6)
+    block.borrowed[0] = chunk
+
+
+@njit(cache=True, nogil=True)
+def give_back(block: BlockView) -> None:
+    """Write a borrowed chunk's words to where they belong: somebody else will look."""
+    chunk = block.borrowed[0]
+    if chunk < 0:
+        return
+    block.borrowed[0] = -1
+    block.bmap_full[chunk] = block.stale_full[chunk] = 0
+    w0 = chunk * CHUNK_WORDS
+    for i in range(min(CHUNK_WORDS, len(block.bmap) - w0)):
+        block.bmap[w0 + i] = block.hot_bmap[i]
+        block.stale[w0 + i] = block.hot_stale[i]
+    for g in range(SUMMARY_WORDS):
+        block.bmap_summary[chunk * SUMMARY_WORDS + g] = block.hot_summary[g]
+        block.stale_summary[chunk * SUMMARY_WORDS + g] = block.hot_summary[g]
+
+
+@njit(cache=True, nogil=True)
+def _send_borrowed(
+    page: int, byte_limit: int, time_limit_ps: int, block: BlockView, costs: Costs, state: Ints
+) -> tuple[int, int]:
+    """save_span over the rest of the borrowed chunk, which ends the loan when it is done."""
+    chunk = block.borrowed[0]
+    base = chunk * CHUNK_PAGES
+    pages = min(CHUNK_PAGES, block.pages - base)
+    at, why = save_span(
+        block.hot_bmap, block.hot_summary, block.hot_stale, block.zero, False, page - base, pages,
+        costs.normal_bytes, costs.zero_bytes, byte_limit, costs.normal_ps, costs.zero_ps, costs.word_ps, time_limit_ps,
+        state,
+    )  # fmt: skip
+    if why == END_OF_SPAN:
+        block.borrowed[0] = -1
+        block.bmap_full[chunk] = block.stale_full[chunk] = 0
+        for g in range(chunk * SUMMARY_WORDS, (chunk + 1) * SUMMARY_WORDS):
+            block.bmap_summary[g] = block.stale_summary[g] = ZERO
+    return base + at, why
 
 
 @njit(cache=True, nogil=True)
@@ -331,6 +417,11 @@ def send_pages(
     is the moment the streams' clocks stand at.
     """
     while page < end:
+        if block.borrowed[0] >= 0:
+            page, why = _send_borrowed(page, byte_limit, time_limit_ps, block, costs, state)
+            if why != END_OF_SPAN:
+                return page, why
+            continue
         page = next_dirty(block.bmap, block.bmap_summary, block.bmap_full, page, end, costs.word_ps, state)
         if page < 0:
             return end, END_OF_SPAN
@@ -350,10 +441,14 @@ def send_pages(
             if not catch_up_chunk(chunk, streams, slot, block, hits, summary, scratch, counts):
                 return page, NEED_STORES
             block.clear_bmap[chunk] = 0
-            state[ELAPSED_PS] += _clear_chunk(chunk, slot, costs, counts, results)
+            state[ELAPSED_PS] += _clear_chunk(chunk, slot, block, costs, counts, results)
+        has_zero = block.zero_any[chunk] != 0
+        virgin = block.bmap_full[chunk] == 2 and block.stale_full[chunk] == 2
+        if virgin and not has_zero and page == chunk * CHUNK_PAGES and page + CHUNK_PAGES <= end:
+            _borrow(chunk, block)
+            continue
         settle_summed(block.bmap, block.bmap_full, block.bmap_summary, chunk, block.pages)
         settle_summed(block.stale, block.stale_full, block.stale_summary, chunk, block.pages)
-        has_zero = block.zero_any[chunk] != 0
         if has_zero:
             settle_chunk(block.zero, block.zero_full, chunk, block.pages)
         stop = min(end, (chunk + 1) * CHUNK_PAGES)

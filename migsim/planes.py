@@ -144,11 +144,19 @@ class Plane:
             page = stop
 
     def clear_range(self, first: int, count: int) -> None:
-        """Clear pages [first, first + count)."""
+        """Clear pages [first, first + count); a whole chunk whose words were never written costs nothing."""
         assert first >= 0 and first + count <= self.n, (first, count, self.n)
-        self.settle_range(first, count)
-        if count:
-            _fill_words(self.words, first, first + count, False)
+        page, end = first, first + count
+        while page < end:
+            chunk = page // CHUNK_PAGES
+            chunk_end = min((chunk + 1) * CHUNK_PAGES, self.n)
+            stop = min(end, chunk_end)
+            if page == chunk * CHUNK_PAGES and stop == chunk_end and self.full[chunk] == 2:
+                self.full[chunk] = 0
+            else:
+                self.settle(chunk)
+                _fill_words(self.words, page, stop, False)
+            page = stop
 
     def count(self) -> int:
         """How many pages are set."""

@@ -60,5 +60,5 @@ def pages_per_level(level: int) -> int:
     return 1 << (LEVEL_BITS * (level - 1))
 
 
-assert CHUNK_WORDS == 4096 and CHUNK_PAGES == pages_per_level(3)
-assert REGION_PAGES == pages_per_level(2) and REGION_WORDS == 8
+assert CHUNK_WORDS == 4096 and pages_per_level(3) == CHUNK_PAGES
+assert pages_per_level(2) == REGION_PAGES and REGION_WORDS == 8

@@ -47,11 +47,24 @@ else:
         return types.int64(types.uint64), codegen
 
 
+# Summaries: bit j of word g of a plane's summary says "word 64 g + j of the plane may be non-zero", so that sparse
+# work costs what is set, not what could be. Where a chunk is lazily full its summary means nothing.
+
+SUMMARY_WORDS = CHUNK_WORDS // 64  # of one chunk
+
+
 @njit(cache=True, nogil=True)
-def settle_chunk(words: Words, full: Flags, chunk: int, n_pages: int) -> None:
-    """Turn a lazy all-ones chunk of a plane of `n_pages` into words (see Plane.settle)."""
+def raise_summary(summary: Words, first: int, end: int) -> None:
+    """Say that words [first, end) may be non-zero."""
+    for i in range(first, end):
+        summary[i >> 6] |= ONE << (np.uint64(i) & LOW6)
+
+
+@njit(cache=True, nogil=True)
+def settle_chunk(words: Words, full: Flags, chunk: int, n_pages: int) -> bool:
+    """Turn a lazy all-ones chunk of a plane of `n_pages` into words (see Plane.settle); was there anything to do?"""
     if full[chunk] == 0:
-        return
+        return False
     full[chunk] = 0
     w0 = chunk * CHUNK_WORDS
     pages = min(CHUNK_PAGES, n_pages - chunk * CHUNK_PAGES)
@@ -60,28 +73,32 @@ def settle_chunk(words: Words, full: Flags, chunk: int, n_pages: int) -> None:
         words[i] = ONES
     if pages & 63:
         words[w0 + whole] = ONES >> (np.uint64(64 - (pages & 63)))
+    return True
+
+
+@njit(cache=True, nogil=True)
+def settle_summed(words: Words, full: Flags, summary: Words, chunk: int, n_pages: int) -> None:
+    """The same for a plane with a summary."""
+    if settle_chunk(words, full, chunk, n_pages):
+        w0 = chunk * CHUNK_WORDS
+        raise_summary(summary, w0, min(w0 + CHUNK_WORDS, (n_pages + 63) >> 6))
 
 
 @njit(cache=True, nogil=True)
 def zero_chunk(words: Words, full: Flags, chunk: int) -> None:
-    """Clear a whole chunk, whatever its flag said."""
+    """Clear a lazily full chunk. One whose words were never written (full = 2) is cleared by its flag alone."""
+    untouched = full[chunk] == 2
     full[chunk] = 0
+    if untouched:
+        return
     w0 = chunk * CHUNK_WORDS
     for i in range(w0, min(w0 + CHUNK_WORDS, len(words))):
         words[i] = ZERO
 
 
 @njit(cache=True, nogil=True)
-def all_full(full: Flags, first_page: int, pages: int) -> bool:
-    """Are all chunks that pages [first_page, first_page + pages) touch lazy all-ones?"""
-    for chunk in range(first_page // CHUNK_PAGES, (first_page + pages - 1) // CHUNK_PAGES + 1):
-        if full[chunk] == 0:
-            return False
-    return True
-
-
-@njit(cache=True, nogil=True)
-def settle_span(words: Words, full: Flags, first_page: int, pages: int, n_pages: int) -> None:
-    """Settle every chunk that pages [first_page, first_page + pages) touch."""
-    for chunk in range(first_page // CHUNK_PAGES, (first_page + pages - 1) // CHUNK_PAGES + 1):
-        settle_chunk(words, full, chunk, n_pages)
+def settle_zero(words: Words, full: Flags, chunk: int) -> None:
+    """Clear a whole chunk, lazily full or not."""
+    if full[chunk] == 0:
+        full[chunk] = 1
+    zero_chunk(words, full, chunk)

@@ -82,34 +82,33 @@ def store_mapped_pml(
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _rearm_word(mask: Words, log: Words, protection: Words, i: int) -> np.uint64:
-    """Take `mask`'s bits that are set in the log and protect those pages; the mask's word is used up."""
-    taken = mask[i] & log[i]
+def _rearm_word(mask: np.uint64, log: Words, protection: Words, i: int) -> np.uint64:
+    """Take `mask`'s bits that are set in the log and protect those pages."""
+    taken = mask & log[i]
     log[i] &= ~taken
     protection[i] &= ~taken
-    mask[i] = ZERO
     return popcount(taken)
 
 
 @njit(cache=True, nogil=True)
 def rearm(
-    mask: Words, mask_summary: Words, log: Words, protection: Words, w0: int, groups: int, counts: Ints
+    mask: Words, mask_summary: Words, m0: int, log: Words, protection: Words, w0: int, groups: int, counts: Ints
 ) -> int:
-    """Take the bits of `mask` that are set in the log, re-arm just those pages, and empty `mask` (kvm.md 3.6, 3.7).
+    """Take the bits of `mask` that are set in the log, and re-arm just those pages (kvm.md 3.6, 3.7).
 
-    `protection` is the W plane (write protection) or the D plane (PML). Returns the pages re-armed. The log's summary
-    may keep bits of words that are now zero: it only says "may".
+    `protection` is the W plane (write protection) or the D plane (PML). `m0`, `w0`: the first words in the mask and
+    in the planes. Returns the pages re-armed. The log's summary may keep bits of words that are now zero.
     """
     taken = ZERO
-    for g in range(w0 >> 6, (w0 >> 6) + groups):
-        left = mask_summary[g]
-        mask_summary[g] = ZERO
+    for g in range(groups):
+        left = mask_summary[(m0 >> 6) + g]
         if left == ONES:
             for i in range(g << 6, (g + 1) << 6):
-                taken += _rearm_word(mask, log, protection, i)
+                taken += _rearm_word(mask[m0 + i], log, protection, w0 + i)
         else:
             while left != ZERO:
-                taken += _rearm_word(mask, log, protection, (g << 6) + lowest_bit(left))
+                i = (g << 6) + lowest_bit(left)
+                taken += _rearm_word(mask[m0 + i], log, protection, w0 + i)
                 left &= left - ONE
     counts[REARMED] += np.int64(taken)
     return np.int64(taken)
