@@ -250,12 +250,13 @@ class FusedRam(Ram):
     def _send(self, extent: Extent, limits: SaveLimits, start_ns: int, state: Ints) -> int:
         counts, results = np.zeros(COUNTS_LEN, dtype=np.int64), _results()
         hits, summary, scratch = self.scratch[0]
+        costs = self.costs_now()
         while True:
             results[NOW_NS] = self.workload.now_ns
             change = self.workload.next_change_ns()
             page, why = send_pages(
                 self.page, extent.end, start_ns, NEVER_NS if change is None else change, limits.bytes, limits.ps,
-                self.streams, extent.slot, extent.block, self.costs_now(), hits, summary, scratch, state, counts,
+                self.streams, extent.slot, extent.block, costs, hits, summary, scratch, state, counts,
                 results,
             )  # fmt: skip
             self.page = int(page)

@@ -215,7 +215,7 @@ def _count(words: Words, w0: int, n_words: int) -> int:
     total = ZERO
     for i in range(w0, w0 + n_words):
         total += popcount(words[i])
-    return np.int64(total)
+    return int(total)
 
 
 @njit(cache=True, nogil=True)
@@ -241,7 +241,7 @@ def _merge(chunk: int, sc: int, groups: int, slot: SlotView, block: BlockView) -
                 slot.log_summary[s] &= ~(ONE << (np.uint64(i) & LOW6))
     slot.known_is_bmap[sc] = rest == ZERO
     if rest == ZERO:
-        return np.int64(new)
+        return int(new)
     for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
         left = slot.log_summary[g] | slot.known_summary[g]
         slot.known_summary[g] = slot.log_summary[g]
@@ -249,7 +249,7 @@ def _merge(chunk: int, sc: int, groups: int, slot: SlotView, block: BlockView) -
             i = (g << 6) + lowest_bit(left)
             left &= left - ONE
             slot.known[i] = slot.log[i]
-    return np.int64(new)
+    return int(new)
 
 
 @njit(cache=True, nogil=True)

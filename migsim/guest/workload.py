@@ -108,6 +108,7 @@ class Workload:
         self.now_ns = 0
         self.duty = 1.0
         self.slowdown = 1.0
+        self._changes = sorted({p.at_ns for s in streams for p in s.phases}, reverse=True)
         self._set_rates()
 
     def _set_rates(self) -> None:
@@ -123,8 +124,9 @@ class Workload:
 
     def next_change_ns(self) -> int | None:
         """When some stream's rate changes next by itself."""
-        times = [p.at_ns for s in self.streams for p in s.phases if p.at_ns > self.now_ns]
-        return min(times) if times else None
+        while self._changes and self._changes[-1] <= self.now_ns:
+            self._changes.pop()
+        return self._changes[-1] if self._changes else None
 
     def advance(self, now_ns: int) -> None:
         """Move every write clock to `now_ns`, phase by phase."""

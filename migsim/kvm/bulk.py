@@ -111,4 +111,4 @@ def rearm(
                 taken += _rearm_word(mask[m0 + i], log, protection, w0 + i)
                 left &= left - ONE
     counts[REARMED] += np.int64(taken)
-    return np.int64(taken)
+    return int(taken)
