@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,11 +77,11 @@ def test_what_shape_prints_runs(tmp_path, capsys):
 # Everything of m2-ultramem-416 by 64, but the page: the same shape in time, sync by sync.
 A_64TH = [
     "guest.memory=192 GiB",
-    "guest.workload.0.rate=18750 pages/s",
+    "guest.workload.0.rate=22400000 B/s",
     "guest.workload.0.working-set=96 GiB",
-    "guest.workload.1.rate=12.5 MB/s",
+    "guest.workload.1.rate=4687500 B/s",
     "guest.workload.1.working-set=1 GiB",
-    "guest.workload.2.rate=23437500 B/s",
+    "guest.workload.2.rate=7812500 B/s",
     "guest.workload.2.working-set=16 GiB",
     "link.bandwidth=1562.5 Mbit/s",
 ]
@@ -88,6 +89,8 @@ A_64TH = [
 
 def test_the_12_tib_database_at_a_64th_converges_as_the_whole_is_expected_to():
     result = run(load("configs/m2-ultramem-416.toml", A_64TH))
-    assert surprises(result) == [] and result.verify["lost-pages"] == 0
-    dirty = [r.dirty_pages for r in result.rounds]
-    assert all(later < earlier for earlier, later in zip(dirty[:8], dirty[1:8], strict=False))
+    # Not the blackout: what costs a constant (a stopped vCPU, a device) does not shrink with the guest.
+    assert [s for s in surprises(result) if not s.startswith("downtime")] == []
+    assert result.verify["lost-pages"] == 0
+    dirty = [r.dirty_pages for r in result.rounds[:4]]
+    assert all(later < earlier / 2 for earlier, later in pairwise(dirty))
