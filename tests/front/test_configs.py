@@ -77,13 +77,14 @@ def test_what_shape_prints_runs(tmp_path, capsys):
 # Everything of m2-ultramem-416 by 64, but the page: the same shape in time, sync by sync.
 A_64TH = [
     "guest.memory=192 GiB",
-    "guest.workload.0.rate=22400000 B/s",
-    "guest.workload.0.working-set=96 GiB",
-    "guest.workload.1.rate=4687500 B/s",
+    "guest.workload.0.rate=25600000 B/s",
+    "guest.workload.0.working-set=32 GiB",
+    "guest.workload.1.rate=6250000 B/s",
     "guest.workload.1.working-set=1 GiB",
-    "guest.workload.2.rate=7812500 B/s",
+    "guest.workload.2.rate=4687500 B/s",
     "guest.workload.2.working-set=16 GiB",
     "link.bandwidth=1562.5 Mbit/s",
+    "migration.avail-switchover-bandwidth=1562.5 Mbit/s",
 ]
 
 
