@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from migsim.kvm.uapi import KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY
 from migsim.perf.profile import load_profile
 from migsim.units import MIB, PAGE_SIZE
 
-__all__ = ["BASE", "Measured", "measure", "profile_text"]
+__all__ = ["BASE", "Measured", "measure", "profile_text", "write_profile"]
 
 BASE: Final = "skylake-2s-96"
 _RUNS: Final = 5
@@ -62,6 +63,16 @@ def profile_text(name: str, measured: list[Measured]) -> str:
     lines += [_line(m, "value", where) for m in measured if m.machine]
     lines += ["", "[costs]", *(_line(m, "ns", where) for m in measured if not m.machine)]
     return "\n".join(lines) + "\n"
+
+
+def write_profile(path: str) -> None:
+    """Measure and write the profile to `path` ("-": standard output), named after the file. Raises OSError."""
+    name = "host" if path == "-" else Path(path).stem
+    text = profile_text(name, measure())
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text, encoding="utf-8")
 
 
 def _line(measured: Measured, unit: str, where: str) -> str:

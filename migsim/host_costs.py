@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 
 from migsim.guest.memory import layout
 from migsim.guest.workload import SEQUENTIAL, Workload
+from migsim.migration.ram import BlockState
 from migsim.perf.memstress import Memstress
 from migsim.perf.migration_thread import clear_cost, enable_ns
-from migsim.perf.pools import Pools
+from migsim.perf.pools import Pools, Span
 from migsim.perf.profile import HostProfile, ProfileError, load_profile
 from migsim.perf.rules import default_kernel, rules_for
 from migsim.perf.slowdown import ClosedLoop, RoundCost, Window
 from migsim.qemu_costs import ASSUMED_NS
 from migsim.scenario import Scenario, ScenarioError
-from migsim.units import NS_PER_S, PAGE_SIZE
+from migsim.units import CHUNK_PAGES, NS_PER_S, PAGE_SIZE
 
 __all__ = ["HostCosts", "Meters"]
 
@@ -36,10 +37,13 @@ _RMAP_HEAD_BYTES: Final = 8  # struct kvm_rmap_head
 
 
 class RamCounters(Protocol):
-    """What QEMU's side has done so far."""
+    """What QEMU's side has done so far, and where its scan stands."""
 
     clear_calls: int
     rearmed_pages: int
+    blocks: list[BlockState]
+    block_index: int
+    page: int
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,9 @@ class HostCosts:
     def meters(self, workload: Workload, ram: RamCounters, operations: Mapping[str, int], slots: int) -> Meters:
         """The closed loop of a run. `operations`: the meter's totals; `slots`: a GET without manual caps re-arms."""
         guest, kvm = self.scenario.guest, self.scenario.kvm
-        pages = (workload.end - workload.first).astype(np.float64)
         pools = Pools(
-            pages, workload.law == SEQUENTIAL, float(guest.pages) - float(pages.sum()), BACKING_PAGES[guest.backing],
-            self.rules, pml=self.pml, eager=kvm.eager_page_split,
+            workload.first.astype(np.float64), workload.end.astype(np.float64), workload.law == SEQUENTIAL,
+            float(guest.pages), BACKING_PAGES[guest.backing], self.rules, pml=self.pml, eager=kvm.eager_page_split,
             protected=self.kvm and self._armed_at_enable,
         )  # fmt: skip
         loop = ClosedLoop(self.profile, guest.vcpus, self.rules, pools, self.clear)
@@ -130,6 +133,7 @@ class _Snapshot:
     rates: NDArray[np.float64]
     duty: float
     counters: tuple[int, int, int]
+    scan: int  # guest page up to which CLEAR has been: a chunk is re-armed as a whole
 
 
 class Meters:
@@ -201,7 +205,9 @@ class Meters:
         if self._operations is not None:
             splits = self._operations.get("huge_page_split", 0)
             counters = (self.ram.clear_calls, self.ram.rearmed_pages, splits)
-        return _Snapshot(now_ns, w.clock.copy(), full, w.duty, counters)
+        block = self.ram.blocks[self.ram.block_index].block
+        scan = min(-(-self.ram.page // CHUNK_PAGES) * CHUNK_PAGES, block.pages)
+        return _Snapshot(now_ns, w.clock.copy(), full, w.duty, counters, block.first_page + scan)
 
     def _look(self, now: _Snapshot) -> None:
         """Account for what happened between the last look and `now`."""
@@ -210,7 +216,17 @@ class Meters:
         duration = now.now_ns - before.now_ns
         if duration > 0 or rearmed:
             calls = calls or (self._get_slots if rearmed else 0)
-            self.loop.window(Window(duration, now.clock - before.clock, now.rates, now.duty, calls, rearmed, splits))
+            writes, where = now.clock - before.clock, self._scanned(before.scan, now.scan)
+            self.loop.window(Window(duration, writes, now.rates, now.duty, calls, rearmed, splits, where))
+
+    def _scanned(self, start: int, stop: int) -> tuple[Span, ...]:
+        """The guest pages the scan went over; () for all of them, as a GET that re-arms does."""
+        if self._get_slots or start == stop:
+            return ()
+        if start < stop:
+            return ((start, stop),)
+        last = self.ram.blocks[-1].block
+        return ((start, last.first_page + last.pages), (0, stop))
 
     def _end_round(self) -> None:
         done = self.loop.end_round()

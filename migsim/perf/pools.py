@@ -7,6 +7,7 @@ are treated as if no two wrote the same page, which overstates faults where rang
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from migsim.perf.rules import Rules
 from migsim.units import REGION_PAGES
 
-__all__ = ["FirstWrites", "Pools"]
+__all__ = ["FirstWrites", "Pools", "Span"]
 
 Floats = NDArray[np.float64]
+Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,18 @@ class FirstWrites:
 class Pools:
     """Pages per stream: `logged` (D clear), `protected` (W clear, 4K), `huge` (W clear, above 4K), `small` (mapped 4K).
 
-    pages: float64[S], the streams' ranges; one more pool stands for the guest's `idle` pages. sweeps: bool[S], the
-    stream writes its range in order. backing_pages: 4 KiB pages a leaf maps before anything is split.
+    first, end: float64[S], the streams' ranges of guest pages; one more pool stands for the pages no stream writes.
+    sweeps: bool[S], the stream writes its range in order. guest_pages: all of them. backing_pages: 4 KiB pages a leaf
+    maps before anything is split.
     """
 
     def __init__(
-        self, pages: Floats, sweeps: NDArray[np.bool_], idle: float, backing_pages: int, rules: Rules, *,
-        pml: bool, eager: bool, protected: bool,
+        self, first: Floats, end: Floats, sweeps: NDArray[np.bool_], guest_pages: float, backing_pages: int,
+        rules: Rules, *, pml: bool, eager: bool, protected: bool,
     ) -> None:  # fmt: skip
-        self.pages: Floats = np.append(pages, max(idle, 0.0)).astype(np.float64)
+        self.first, self.end, self.guest_pages = first, end, guest_pages
+        written = (end - first).astype(np.float64)
+        self.pages: Floats = np.append(written, max(guest_pages - float(written.sum()), 0.0))
         self.sweeps = np.append(sweeps, False)
         self.rules, self.pml, self.eager = rules, pml, eager and rules.eager_split
         zero = np.zeros(len(self.pages))
@@ -54,13 +59,17 @@ class Pools:
         """Pages of each pool a write to which will show."""
         return self.logged + self.protected + self.huge
 
-    def rearm(self, pages: float) -> None:
-        """`pages` of those written since they were last armed are armed again, wherever they lie."""
+    def rearm(self, pages: float, where: Sequence[Span] = ()) -> None:
+        """`pages` of those written since they were last armed are armed again, in the spans of guest pages `where`.
+
+        No span: anywhere. Within a stream's range its dirty pages are taken to lie evenly.
+        """
         dirty = np.maximum(self.pages - self.armed, 0.0)
-        total = dirty.sum()
+        weight = dirty * self._covered(where)
+        total = weight.sum()
         if total <= 0.0 or pages <= 0.0:
             return
-        taken = dirty * min(pages / total, 1.0)
+        taken = np.minimum(weight * (pages / total), dirty)
         small_share = np.clip((self.small - self.logged - self.protected) / np.maximum(dirty, 1.0), 0.0, 1.0)
         small = taken if self.eager else taken * small_share
         self.small = np.minimum(np.maximum(self.small, self.logged + self.protected + small), self.pages)
@@ -69,6 +78,18 @@ class Pools:
         else:
             self.protected += small
         self.huge += taken - small
+
+    def _covered(self, where: Sequence[Span]) -> Floats:
+        """Share of each pool's pages that lies in the spans."""
+        if not where:
+            return np.ones(len(self.pages))
+        inside = np.zeros(len(self.pages))
+        for low, high in where:
+            overlap = np.maximum(np.minimum(self.end, high) - np.maximum(self.first, low), 0.0)
+            inside[:-1] += overlap
+            inside[-1] += max(high - low - float(overlap.sum()), 0.0)
+        covered: Floats = np.minimum(inside / np.maximum(self.pages, 1.0), 1.0)
+        return covered
 
     def write(self, writes: Floats) -> FirstWrites:
         """`writes` page writes happened, float64[S]; what was armed and written is armed no more."""

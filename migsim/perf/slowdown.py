@@ -6,6 +6,7 @@ nanosecond spent in an exit or a queue is missing. Times are ns; shares 0..1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from migsim.perf.locks import Writer, with_writer
 from migsim.perf.migration_thread import ClearCost
 from migsim.perf.phases import LockMode
-from migsim.perf.pools import FirstWrites, Pools
+from migsim.perf.pools import FirstWrites, Pools, Span
 from migsim.perf.profile import HostProfile
 from migsim.perf.rules import Rules
 from migsim.perf.stalls import StallHistogram
@@ -29,7 +30,10 @@ SOFT_LOCKUP_NS: Final = 20 * 10**9  # watchdog_thresh 10 s, reported at twice th
 
 @dataclass(frozen=True)
 class Window:
-    """What happened in a stretch of time. writes: float64[S] made; rates: float64[S] at full speed, writes a ns."""
+    """What happened in a stretch of time.
+
+    writes: float64[S] made; rates: float64[S] at full speed, writes a ns; rearmed_in: the guest pages CLEAR went over.
+    """
 
     duration_ns: int
     writes: Floats
@@ -38,6 +42,7 @@ class Window:
     clear_calls: int
     rearmed_pages: int
     split_tables: int = 0
+    rearmed_in: Sequence[Span] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class ClosedLoop:
     def window(self, window: Window) -> Pace:
         """Account for a window that ran at the last pace, and set the next."""
         first = self.pools.write(window.writes)
-        self.pools.rearm(float(window.rearmed_pages))
+        self.pools.rearm(float(window.rearmed_pages), window.rearmed_in)
         held = self.clear.held_ns(window.clear_calls, window.rearmed_pages, window.split_tables)
         self._account(window, first, held)
         self.pace = self._next_pace(window, held)

@@ -14,10 +14,12 @@ from migsim.scenario import load
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _TINY = str(_CONFIGS / "tiny.toml")
-# The m2-ultramem-416 guest with a 128th of its memory and the same vCPUs and rates: the lock sees the same faults.
+# The m2-ultramem-416 guest with a 128th of its memory and the same vCPUs, and a workload that fills the lock.
 _SMALL_M2 = [
     "guest.memory=96 GiB",
     "guest.workload.0.working-set=48 GiB",
+    "guest.workload.0.rate=1200000 pages/s",
+    "migration.time-limit=5 min",
     "guest.workload.1.working-set=1 GiB",
     "guest.workload.2.working-set=8 GiB",
 ]

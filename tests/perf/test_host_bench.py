@@ -31,6 +31,12 @@ def test_the_real_log_is_measured_where_there_is_kvm() -> None:
     assert {"bitmap-word", "kvm-clear-page"} <= names
 
 
+def test_the_profile_is_named_after_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_bench, "measure", lambda: [host_bench.Measured("vm-exit", 700.0, "a test")])
+    host_bench.write_profile(str(tmp_path / "mine.toml"))
+    assert load_profile(str(tmp_path / "mine.toml")).name == "mine"
+
+
 def test_without_kvm_the_profile_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(host_bench, "unavailable_reason", lambda: "no /dev/kvm here")
     measured = host_bench.measure(size=4 * MIB, touched_pages=64)

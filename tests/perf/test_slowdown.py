@@ -22,7 +22,7 @@ _S = 10**9
 def _pools(pages: float, mmu: str = "tdp", *, backing: int = 1, **more: Any) -> Pools:
     options = {"pml": True, "eager": True, "protected": True, **more}
     rules = rules_for(mmu, options.pop("kernel", default_kernel(mmu)))
-    return Pools(np.array([pages]), np.array([False]), 0.0, backing, rules, **options)
+    return Pools(np.zeros(1), np.array([pages]), np.array([False]), pages, backing, rules, **options)
 
 
 def _loop(mmu: str, *, vcpus: int = 416, pages: float = 1e6, **more: Any) -> ClosedLoop:
@@ -77,6 +77,17 @@ def test_pages_are_conserved(mmu: str, pml: bool, backing: int, steps: list[tupl
             assert (pool >= -1e-6).all()
         assert (pools.armed <= pools.pages * (1 + 1e-9)).all()
         assert (pools.logged + pools.protected <= pools.small * (1 + 1e-9) + 1e-6).all()
+
+
+def test_what_is_armed_lies_where_the_scan_went() -> None:
+    rules = rules_for("tdp", default_kernel("tdp"))
+    first, end, sweeps = np.array([0.0, 1000.0]), np.array([1000.0, 3000.0]), np.array([False, False])
+    pools = Pools(first, end, sweeps, 5000.0, 1, rules, pml=True, eager=True, protected=False)
+    pools.rearm(1500.0, ((500.0, 2000.0),))
+    assert pools.logged.tolist() == pytest.approx([500.0, 1000.0, 0.0])
+    pools.rearm(2500.0, ((2000.0, 5000.0), (0.0, 500.0)))
+    assert pools.logged.sum() <= 4000.0
+    assert pools.logged[2] > 1000.0, "pages no stream writes are armed too, and stay so"
 
 
 def test_nothing_armed_costs_the_guest_nothing() -> None:
