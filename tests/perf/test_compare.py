@@ -29,8 +29,8 @@ def test_the_same_guest_waits_for_the_lock_under_shadow_and_hardly_at_all_under_
     columns = {c.name: c.result for c in by_mmu(load(str(_CONFIGS / "m2-ultramem-416.toml"), _SMALL_M2))}
     waiting = [float(columns[mmu].host["lock-waiting-share"]) for mmu in MMUS]
     share = [float(columns[mmu].host["guest-throughput-share"]) for mmu in MMUS]
-    assert waiting[0] > 0.1 and waiting[1] > 0.01 and waiting[2] < 0.001
-    assert share[0] < 0.9 and share[0] < share[2] and share[2] > 0.99
+    assert waiting[0] > 0.03 and waiting[1] > 0.03 and waiting[2] < 0.001
+    assert max(share[0], share[1]) < 0.97 and share[2] > 0.99
     assert all(result.verify["lost-pages"] == 0 for result in columns.values())
 
 
