@@ -119,18 +119,17 @@ class HostCosts:
             float(guest.pages), BACKING_PAGES[guest.backing], self.rules, pml=self.pml, eager=kvm.eager_page_split,
             protected=self.kvm and self._armed_at_enable,
         )  # fmt: skip
-        loop = ClosedLoop(self.profile, guest.vcpus, self.rules, pools, self.clear)
+        loop = ClosedLoop(self.profile, guest.vcpus, self.rules, pools, self.clear, kvm.dirty_ring_size)
         get_slots = slots if kvm.manual_dirty_log_protect == "off" else 0
         return Meters(loop, workload, ram, operations if self.kvm else None, get_slots)
 
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A moment: the write clocks, the rates at full speed, the duty, and (CLEAR calls, pages re-armed, splits)."""
+    """A moment: the write clocks, the duty, and (CLEAR calls, pages re-armed, splits)."""
 
     now_ns: int
     clock: NDArray[np.float64]
-    rates: NDArray[np.float64]
     duty: float
     counters: tuple[int, int, int]
     scan: int  # guest page up to which CLEAR has been: a chunk is re-armed as a whole
@@ -174,7 +173,7 @@ class Meters:
     def finish(self, stopped_ns: int) -> None:
         """The migration is over; the guest ran until `stopped_ns`. Closes the last round."""
         end = self._snapshot(max(stopped_ns, self._last.now_ns))
-        self._look(replace(end, rates=self._last.rates, duty=self._last.duty))
+        self._look(replace(end, duty=self._last.duty))
         self._end_round()
 
     def row(self, sync: int) -> RoundRow:
@@ -199,15 +198,13 @@ class Meters:
         }
 
     def _snapshot(self, now_ns: int) -> _Snapshot:
-        w = self.workload
-        full = w.rate * w.slowdown / w.duty if w.duty else np.zeros_like(w.rate)
-        counters = (0, 0, 0)
+        w, counters = self.workload, (0, 0, 0)
         if self._operations is not None:
             splits = self._operations.get("huge_page_split", 0)
             counters = (self.ram.clear_calls, self.ram.rearmed_pages, splits)
         block = self.ram.blocks[self.ram.block_index].block
         scan = min(-(-self.ram.page // CHUNK_PAGES) * CHUNK_PAGES, block.pages)
-        return _Snapshot(now_ns, w.clock.copy(), full, w.duty, counters, block.first_page + scan)
+        return _Snapshot(now_ns, w.clock.copy(), w.duty, counters, block.first_page + scan)
 
     def _look(self, now: _Snapshot) -> None:
         """Account for what happened between the last look and `now`."""
@@ -216,8 +213,10 @@ class Meters:
         duration = now.now_ns - before.now_ns
         if duration > 0 or rearmed:
             calls = calls or (self._get_slots if rearmed else 0)
+            streams = self.workload.streams
+            full = np.array([stream.pages_per_s * stream.factor(now.now_ns) / NS_PER_S for stream in streams])
             writes, where = now.clock - before.clock, self._scanned(before.scan, now.scan)
-            self.loop.window(Window(duration, writes, now.rates, now.duty, calls, rearmed, splits, where))
+            self.loop.window(Window(duration, writes, full, now.duty, calls, rearmed, splits, where))
 
     def _scanned(self, start: int, stop: int) -> tuple[Span, ...]:
         """The guest pages the scan went over; () for all of them, as a GET that re-arms does."""

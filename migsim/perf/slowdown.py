@@ -25,6 +25,7 @@ __all__ = ["ClosedLoop", "Pace", "RoundCost", "Window"]
 
 Floats = NDArray[np.float64]
 _PML_ENTRIES: Final = 512
+_RING_RESERVE: Final = 64  # KVM_DIRTY_RING_RSVD_ENTRIES: the soft limit leaves them, and room for a PML buffer
 SOFT_LOCKUP_NS: Final = 20 * 10**9  # watchdog_thresh 10 s, reported at twice that (kernel/watchdog.c)
 
 
@@ -87,9 +88,14 @@ class RoundCost:
 
 
 class ClosedLoop:
-    """Told after each window what happened, it answers how fast the guest runs in the next."""
+    """Told after each window what happened, it answers how fast the guest runs in the next.
 
-    def __init__(self, host: HostProfile, vcpus: int, rules: Rules, pools: Pools, clear: ClearCost) -> None:
+    ring_entries: of each vCPU's dirty ring; 0 for the bitmap.
+    """
+
+    def __init__(
+        self, host: HostProfile, vcpus: int, rules: Rules, pools: Pools, clear: ClearCost, ring_entries: int = 0
+    ) -> None:
         self.host, self.vcpus, self.rules, self.pools, self.clear = host, vcpus, rules, pools, clear
         self.round = RoundCost()
         self.pace = Pace()
@@ -99,7 +105,20 @@ class ClosedLoop:
         self._logged_ns = (host.ns("pml-entry") + host.ns("pml-full-exit") / _PML_ENTRIES) * smt
         self._slow_ns = (exit_ns + host.ns("fault-prepare")) * smt
         self._flush_ns = host.ns("flush-ipi") * smt
+        self._set_ring(ring_entries, smt)
         self._set_lock(smt)
+
+    def _set_ring(self, entries: int, smt: float) -> None:
+        """A first write pushes an entry; a vCPU whose ring is full reaps and resets it itself (QEMU kvm-all.c)."""
+        self._ring_room = max(entries - _RING_RESERVE - (_PML_ENTRIES if self.pools.pml else 0), 1) if entries else 0
+        if not entries:
+            return
+        reap = self._ring_room * self.host.ns("ring-reset-entry")
+        self._ring_full_ns = (self.host.ns("vm-exit") + self.host.ns("ring-full-exit") + reap) * smt
+        pushed = self.host.ns("ring-push") * smt + self._ring_full_ns / self._ring_room
+        self._fast_ns += pushed
+        self._logged_ns += pushed
+        self._slow_ns += pushed
 
     def _set_lock(self, smt: float) -> None:
         """What the lock station serves in this mode; what is done under a shared lock is nobody else's wait."""
@@ -137,6 +156,8 @@ class ClosedLoop:
         r.thread_cpu_ns += held + calls * self.clear.call_ns
         r.stalls.add(self._fast_ns, first.fast)
         r.stalls.add(self._flush_ns, float(calls * self.vcpus))
+        if self._ring_room:
+            r.stalls.add(self._ring_full_ns, (first.logged + first.fast + first.locked) / self._ring_room)
         r.stalls.add_exponential(self.pace.lock_wait_ns, first.locked, self._slow_ns + self._lock_ns)
 
     def _next_pace(self, window: Window, held: float) -> Pace:

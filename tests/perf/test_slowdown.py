@@ -117,6 +117,15 @@ def test_the_shadow_mmu_starves_a_guest_whose_huge_pages_are_zapped_one_by_one()
     assert share["shadow"] == pytest.approx(1 / (2e6 * load_profile().ns("shadow-map", 416) / 1e9), rel=0.02)
 
 
+def test_a_small_ring_costs_more_exits_than_a_large_one() -> None:
+    def slowdown(entries: int) -> float:
+        host, pools = load_profile(), _pools(1e9)
+        clear = clear_cost(pools.rules, host, 8, pml=True)
+        return ClosedLoop(host, 8, pools.rules, pools, clear, entries).window(_window(1e7)).slowdown
+
+    assert slowdown(0) < slowdown(65536) < slowdown(1024)
+
+
 @given(rates=st.tuples(st.floats(1e3, 1e8), st.floats(1e3, 1e8)), mmu=st.sampled_from(MMUS))
 @settings(max_examples=40, deadline=None)
 def test_a_busier_guest_is_never_slowed_less(rates: tuple[float, float], mmu: str) -> None:
