@@ -36,6 +36,8 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_resume": 0.0,  # from the source's end until the destination's vCPUs run
     "qemu_setup": 1_000_000.0,
     "qemu_xbzrle": 1_500.0,  # a page compared with its cached copy and encoded
+    "qemu_tcg_write": 2_000.0,  # a page write at full speed under TCG; bounds how fast lost time is made up for
+    "qemu_kvm_write": 205.0,  # the same under KVM, as guest-write of the host profiles
     "qemu_tcg_slowdown": 0.0,  # share of its time a TCG guest loses while it is migrated
     "qemu_wake": 80_000.0,  # a timed wait ends late: timer slack of 50 us and a wake-up
     "qemu_window": 80_000.0,  # reading the clock, flushing the stream, reading it again

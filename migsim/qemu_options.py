@@ -27,7 +27,7 @@ CLOCK = 7  # stream of the host clock's randomness: where in a ms the migration 
 def loop_options(scenario: Scenario, seed: int) -> dict[str, Any]:
     """Keyword arguments of migration.precopy.Precopy."""
     return {
-        "throttle": throttle_of(scenario.migration),
+        "throttle": throttle_of(scenario.migration, scenario.guest.vcpus, scenario.kvm.dirty_ring_size),
         "platform": platform_of(scenario.migration, scenario.guest.memory),
         "clock": HostClock(stream_key(seed, CLOCK) % NS_PER_MS, stream_key(seed, CLOCK, 1)),
     }

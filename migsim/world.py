@@ -6,6 +6,7 @@ passes, write clocks advance; when somebody looks, the guest's writes are drawn 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,8 @@ from migsim.kvm.populate import populate
 from migsim.kvm.vcpu import Vcpu
 from migsim.kvm.vm import Vm
 from migsim.migration.policies.auto_converge import TIMESLICE_NS, duty
+from migsim.migration.policies.dirty_limit import throttled_rate
+from migsim.migration.policies.protocol import VcpuDirtyRate
 from migsim.migration.postcopy import requests
 from migsim.migration.zero_pages import rule_of
 from migsim.qemu_costs import QemuCosts
@@ -105,14 +108,14 @@ class World:
             vendor=kvm.vendor, mmu=kvm.mmu, tdp=kvm.mmu != "shadow", pml=kvm.pml, smm=False,
             eager_page_split=kvm.eager_page_split, nx_huge_pages=kvm.nx_huge_pages, maxphyaddr=MAXPHYADDR,
         )  # fmt: skip
-        self.vm = Vm(config, meter=self.meter)
+        self.vm = Vm(config, bulk=bulk, meter=self.meter)
         self.slots: list[SlotOf] = []
         self.slot_ids: list[list[int]] = []
         if kvm.accel == "kvm":  # TCG resets its tracking at the sync, as KVM's GET does without manual protection
             self._set_capabilities()
         self.vcpus: list[Vcpu] = [self.vm.create_vcpu(i) for i in range(guest.vcpus)]
         self._map_memory()
-        streams = [self._slowed(stream) for config in guest.workload for stream in streams_of(config)]
+        streams = [self._paced(stream, config) for config in guest.workload for stream in streams_of(config)]
         self.workload = Workload(streams, self.memory.chunks, stream_key(seed))
         self._start_streams()
         self._buffers = np.zeros((2, CHUNK_WORDS), dtype=np.uint64)
@@ -127,11 +130,16 @@ class World:
         m = self.scenario.migration
         return rule_of(m.zero_page_detection, m.capabilities, m.compat).looked_for
 
-    def _slowed(self, stream: Stream) -> Stream:
-        """Under TCG the loop's syncs and the TLB resets they bring cost the guest a share of its time."""
-        if self.scenario.kvm.accel != "tcg":
+    def _paced(self, stream: Stream, config: WorkloadConfig) -> Stream:
+        """What the accelerator makes of a stream: its speed limit, and under TCG what syncs and TLB resets take."""
+        tcg = self.scenario.kvm.accel == "tcg"
+        if tcg:
+            stream = replace(stream, pages_per_s=stream.pages_per_s * (1.0 - self.costs.ns("qemu_tcg_slowdown")))
+        if not config.catch_up or not stream.pages_per_s:
             return stream
-        return replace(stream, pages_per_s=stream.pages_per_s * (1.0 - self.costs.ns("qemu_tcg_slowdown")))
+        write_ns = self.costs.ns("qemu_tcg_write" if tcg else "qemu_kvm_write")
+        fastest = NS_PER_S / write_ns * (config.vcpus or 1)
+        return replace(stream, headroom=max(1.0, fastest / stream.pages_per_s))
 
     def _start_streams(self) -> None:
         """A sweep that was under way before migrate starts where it stood; other laws have no memory."""
@@ -225,6 +233,32 @@ class World:
         if self.scenario.kvm.accel != "tcg" or not percentage or chance >= percentage / 100:
             return 0
         return round(TIMESLICE_NS * chance / (1 - percentage / 100))  # what is left of the sleep, evenly
+
+    def vcpu_dirty_rates(self) -> list[VcpuDirtyRate]:
+        """What the dirty rings count for each vCPU: first writes to pages between two reaps, a second apart."""
+        rates = np.zeros(len(self.vcpus))
+        for config, stream, rate in self._streams_in_force():
+            pages = (stream.end - stream.first) * -np.expm1(-rate / (stream.end - stream.first))
+            rates[: config.vcpus or 1] += pages / (config.vcpus or 1)
+        return [VcpuDirtyRate(vcpu, int(pages) * PAGE_SIZE >> 20) for vcpu, pages in enumerate(rates)]
+
+    def set_vcpu_sleeps(self, sleeps_us: list[int]) -> None:
+        """dirty-limit: a vCPU sleeps so long at each full ring; streams of many vCPUs slow down by their mean."""
+        ring, shares = self.scenario.kvm.dirty_ring_size, np.ones(len(self.workload.streams))
+        for at, (config, stream, _) in enumerate(self._streams_in_force()):
+            each = stream.pages_per_s / (config.vcpus or 1)
+            if each:
+                slowed = [throttled_rate(each, ring, us) / each for us in sleeps_us[: config.vcpus or 1]]
+                shares[at] = sum(slowed) / len(slowed)
+        self.workload.set_shares(shares)
+
+    def _streams_in_force(self) -> Iterator[tuple[WorkloadConfig, Stream, float]]:
+        """(config, stream, writes a second now) of every stream."""
+        rates = iter(zip(self.workload.streams, self.workload.rate * NS_PER_S, strict=True))
+        for config in self.scenario.guest.workload:
+            for _ in streams_of(config):
+                stream, rate = next(rates)
+                yield config, stream, float(rate)
 
     def missing_page_requests(self, missing_pages: int, push_ns: int) -> int:
         """Post-copy: streams ask for their part of what is missing."""

@@ -39,6 +39,7 @@ class Stream:
     end: int
     pages_per_s: float
     phases: tuple[Phase, ...] = ()
+    headroom: float = 1.0  # how many times its rate it could write while it runs; above 1 it makes up for lost time
 
     def factor(self, now_ns: int) -> float:
         """Rate factor in force at `now_ns`."""
@@ -108,18 +109,26 @@ class Workload:
         self.now_ns = 0
         self.duty = 1.0
         self.slowdown = 1.0
+        self.share: NDArray[np.float64] = np.ones(len(streams))
         self._changes = sorted({p.at_ns for s in streams for p in s.phases}, reverse=True)
         self._set_rates()
 
     def _set_rates(self) -> None:
-        scale = self.duty / self.slowdown / NS_PER_S
+        pace = self.duty / self.slowdown
         for i, stream in enumerate(self.streams):
+            scale = min(1.0, pace * stream.headroom) * self.share[i] / NS_PER_S
             self.rate[i] = stream.pages_per_s * stream.factor(self.now_ns) * scale
 
     def set_pace(self, duty: float, slowdown: float) -> None:
         """From now on the guest runs for `duty` of the time and `slowdown` times slower while it runs."""
         assert 0.0 <= duty <= 1.0 <= slowdown, (duty, slowdown)
         self.duty, self.slowdown = duty, slowdown
+        self._set_rates()
+
+    def set_shares(self, share: NDArray[np.float64]) -> None:
+        """From now on stream i writes share[i] (0..1) of what its rate and pace allow (dirty-limit's sleeps)."""
+        assert share.shape == self.share.shape and (share >= 0).all() and (share <= 1).all(), share
+        self.share = share
         self._set_rates()
 
     def next_change_ns(self) -> int | None:

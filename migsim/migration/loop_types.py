@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from migsim.migration.policies.protocol import VcpuDirtyRate
 from migsim.migration.ram import Saved, SaveLimits
 
 
@@ -45,6 +46,12 @@ class Machine(Protocol):
 
     def sync_wait_ns(self, percentage: int, chance: float) -> int:
         """How long a sync waits for throttled vCPUs; `chance` in (0, 1) says where in their sleep they are."""
+
+    def vcpu_dirty_rates(self) -> list[VcpuDirtyRate]:
+        """What the dirty rings counted for each vCPU over the last period."""
+
+    def set_vcpu_sleeps(self, sleeps_us: list[int]) -> None:
+        """us each vCPU sleeps at a full ring from now on."""
 
     def missing_page_requests(self, missing_pages: int, push_ns: int) -> int:
         """Post-copy: how many pages the running guest asked for while `missing_pages` were pushed over `push_ns`."""

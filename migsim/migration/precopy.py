@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from migsim.migration import postcopy, switchover
 from migsim.migration.loop_types import Knobs, Limits, LoopCosts, Machine, RamState, RoundLog
+from migsim.migration.policies.dirty_limit import DirtyLimit
 from migsim.migration.policies.protocol import (
     Cancel,
     Command,
@@ -81,6 +82,7 @@ class Precopy:
         self.period_dirty = 0  # pages found dirty since the last evaluation
         self.period_bytes = 0  # transferred until then
         self._next_poll_ns = self.platform.poll_interval_ns
+        self._next_limit_ns = 0
         self._timer: tuple[int, int] = (0, 0)  # 9.2's sync timer: due ns, dirty_sync_count at its last tick
 
     # -- the thread --------------------------------------------------------------------------------------------------
@@ -96,6 +98,7 @@ class Precopy:
             if not self.rate_exceeded() and self._iteration():
                 return self.status
             self._rate_limit()
+            self._dirty_limit()
             self._ask_platform()
             if self.progress is not None:
                 self.progress(self)
@@ -190,7 +193,8 @@ class Precopy:
         wanted = self.throttle.after_period(Period(self.period_dirty * PAGE_SIZE, sent, self.now_ns))
         if wanted is not None:
             self.stats.cpu_throttle_percentage = wanted
-            self.machine.set_throttle(wanted)
+            if not self.guest_stopped:
+                self.machine.set_throttle(wanted)
         self.stats.dirty_pages_rate = self.period_dirty * 1000 // gone_ms
         self._last_sync_ms, self.period_dirty, self.period_bytes = now_ms, 0, self.stats.transferred
 
@@ -203,6 +207,19 @@ class Precopy:
         if count > 1 and count == self._timer[1]:
             self.sync()
         self._timer = (self.now_ns + interval, self.stats.dirty_sync_count)
+
+    def _dirty_limit(self) -> None:
+        """dirty-limit's thread: once a period every limited vCPU's sleep moves towards its quota."""
+        limit = self.throttle
+        if not isinstance(limit, DirtyLimit) or not limit.in_service or self.now_ns < self._next_limit_ns:
+            return
+        self._next_limit_ns = self.now_ns + limit.period_ns
+        limit.adjust(self.machine.vcpu_dirty_rates())
+        self.machine.set_vcpu_sleeps([limit.sleep_us(vcpu) for vcpu in range(limit.vcpus)])
+        self.stats.extra |= {
+            "dirty-limit-throttle-time-per-round": limit.throttle_time_per_round_us(),
+            "dirty-limit-ring-full-time": limit.ring_full_us(),
+        }
 
     def close_round(self) -> None:
         if not self.rounds:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from migsim.migration.policies.auto_converge import SYNC_INTERVAL_NS, AutoConverge, DirtyTrigger
 from migsim.migration.policies.cloud_hypervisor import CloudHypervisor
+from migsim.migration.policies.dirty_limit import DirtyLimit
 from migsim.migration.policies.kubevirt import Kubevirt
 from migsim.migration.policies.libvirt_timeout import LibvirtTimeout
 from migsim.migration.policies.nova import Nova
@@ -35,6 +36,10 @@ class MigrationOptions(Protocol):
     @property
     def max_cpu_throttle(self) -> int: ...
     @property
+    def vcpu_dirty_limit(self) -> int: ...
+    @property
+    def x_vcpu_dirty_limit_period(self) -> int: ...
+    @property
     def platform(self) -> str: ...
     @property
     def platform_timeout(self) -> int | None: ...
@@ -44,8 +49,12 @@ class MigrationOptions(Protocol):
     def postcopy_after_passes(self) -> int | None: ...
 
 
-def throttle_of(options: MigrationOptions) -> GuestThrottle:
-    """How QEMU slows this guest: auto-converge if asked for (with 9.2's forced sync in compat 10.0), else not."""
+def throttle_of(options: MigrationOptions, vcpus: int = 1, ring_size: int = 0) -> GuestThrottle:
+    """How QEMU slows this guest: auto-converge (with 9.2's forced sync in compat 10.0), dirty-limit, or not at all."""
+    if "dirty-limit" in options.capabilities:
+        trigger = DirtyTrigger(options.throttle_trigger_threshold)
+        period_ms = options.x_vcpu_dirty_limit_period
+        return DirtyLimit(vcpus, ring_size, options.vcpu_dirty_limit, period_ms, trigger)
     if "auto-converge" not in options.capabilities:
         return NoThrottle()
     return AutoConverge(
