@@ -79,10 +79,17 @@ class UserMemory:
         if hva % PAGE_SIZE or n_bytes % PAGE_SIZE:
             raise ValueError(f"hva {hva:#x}+{n_bytes}: not whole pages")
         self._deliver(hva, hva + n_bytes)
-        self._vm.mmu.invalidate_range_start(hva, hva + n_bytes)
+        start, end = self._whole_host_pages(hva, n_bytes)
+        self._vm.mmu.invalidate_range_start(start, end)
         self._vm.race("host: invalidated")
         yield from range(hva, hva + n_bytes, PAGE_SIZE)
-        self._vm.mmu.invalidate_range_end(hva, hva + n_bytes)
+        self._vm.mmu.invalidate_range_end(start, end)
+
+    def _whole_host_pages(self, hva: int, n_bytes: int) -> tuple[int, int]:
+        """A host page changed in part is split first, and KVM is told of the whole of it (__split_huge_pmd)."""
+        last = hva + n_bytes - PAGE_SIZE
+        first_size, last_size = (PAGE_SIZE << 9 * (self._vm.host.level(at) - 1) for at in (hva, last))
+        return hva & -first_size, (last & -last_size) + last_size
 
     def _deliver(self, start: int, end: int) -> None:
         """Lazy writers of every slot that maps part of the range come first."""

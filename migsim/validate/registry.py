@@ -7,7 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from migsim.validate.backends import Backend
 from migsim.validate.case import Case
 from migsim.validate.runner import Plan
-from migsim.validate.suites import differential, dirty_log, dirty_ring, errors, memslots, races, random, vmm
+from migsim.validate.suites import (
+    access_tracking,
+    differential,
+    dirty_log,
+    dirty_ring,
+    errors,
+    huge,
+    memslots,
+    mmu_stress,
+    nested,
+    nx_huge_pages,
+    page_splitting,
+    races,
+    random,
+    vmm,
+)
 
 Cases = Callable[[Backend], Iterator[Case]]
 
@@ -17,6 +32,12 @@ SUITES: tuple[Cases, ...] = (
     memslots.cases,
     races.cases,
     vmm.cases,
+    page_splitting.cases,
+    nx_huge_pages.cases,
+    access_tracking.cases,
+    nested.cases,
+    mmu_stress.cases,
+    huge.cases,
     dirty_ring.cases,
     dirty_log.cases,
 )

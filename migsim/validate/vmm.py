@@ -7,6 +7,7 @@ is switched off it is fetched once more.  Sources: QEMU 10.0 accel/kvm/kvm-all.c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from migsim.units import PAGE_SIZE, words_of
@@ -36,7 +37,7 @@ class Vmm:
         self.n_pages = sum(sizes)
         self.dirty: set[int] = set()
         self.copied: dict[int, bytes] = {}
-        self.sends = 0
+        self.meanwhile: Callable[[], None] = lambda: None  # the guest goes on while a chunk is sent
         if manual:
             rig.manual_protect(1)
         self.set_flags(0)
@@ -112,13 +113,13 @@ class Vmm:
         if not todo:
             return
         self.log_clear(first, count)
+        self.meanwhile()
         for page in todo:
             self.save_page(page)
 
     def save_page(self, page: int) -> None:
         self.dirty.discard(page)
         self.copied[page] = self.read(page)
-        self.sends += 1
 
     def read(self, page: int) -> bytes:
         return bytes(self.rig.vm.host_read(self.rig.player.arena + page * PAGE_SIZE, 32))

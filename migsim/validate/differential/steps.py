@@ -32,7 +32,7 @@ from migsim.validate.script import (
 LOG = uapi.KVM_MEM_LOG_DIRTY_PAGES
 RING_CAPS = (uapi.KVM_CAP_DIRTY_LOG_RING, uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL)
 SLOT_IDS = (1, 2, 3, 4)
-SIZES = (1, 2, 63, 64, 65, 100, 128, 129, 200, 512, 600)
+SIZES = (1, 2, 63, 64, 65, 100, 128, 129, 200, 512, 600, 1000)
 GPA_STEP = pages(1024)
 HVA_STEP = pages(1024)
 VCPUS_MAX = 3
@@ -123,7 +123,7 @@ def _some_slot(choose: Chooser, shadow: Shadow) -> tuple[int, int]:
 def get(choose: Chooser, shadow: Shadow) -> Step:
     """GET of a slot; once in a while through a bad pointer."""
     slot, n_pages = _some_slot(choose, shadow)
-    return Get(slot, None if odds(choose, 16) else max(n_pages, 600))
+    return Get(slot, None if odds(choose, 16) else max(n_pages, SIZES[-1]))
 
 
 def clear(choose: Chooser, shadow: Shadow) -> Step:

@@ -13,7 +13,8 @@ RANDOM_W = ("random/tdp,W", "random/shadow,W", "random/tdp,AMD", "random")
 RANDOM_PML = ("random/tdp,PML", "random/shadow,PML", "random")
 
 
-@bug("get-protects-before-it-takes", "kvm: GET: swap, then protect, 2010", "L", *RANDOM_W)
+@bug("get-protects-before-it-takes", "kvm: GET: swap, then protect, 2010", "L",
+     "races/stores between the steps of GET,tdp", *RANDOM_W)  # fmt: skip
 def get_protects_before_it_takes(vm: Any, undo: ExitStack) -> None:
     """GET write-protects first and takes the bits after: a store in between is protected by nobody."""
     kernel = vm.word_kernel
@@ -132,7 +133,7 @@ def pml_newest_first(vm: Any, undo: ExitStack) -> None:
     each_vcpu(vm, change)
 
 
-@bug("pml-runs-for-l2", "c3bb9a20", "L", "nested_dirty_log_test", *RANDOM_PML)
+@bug("pml-runs-for-l2", "c3bb9a20", "O", "nested_dirty_log_test", *RANDOM_PML)
 def pml_runs_for_l2(vm: Any, undo: ExitStack) -> None:
     """PML stays on while L2 runs: the CPU logs L2's addresses, and KVM takes them for L1's."""
 
@@ -153,7 +154,7 @@ def pml_runs_for_l2(vm: Any, undo: ExitStack) -> None:
     each_vcpu(vm, change)
 
 
-@bug("pml-toggled-in-l2s-vmcs", "3e013d0a", "L", *RANDOM_PML)
+@bug("pml-toggled-in-l2s-vmcs", "3e013d0a", "L", "nested_dirty_log_test", *RANDOM_PML)
 def pml_toggled_in_l2s_vmcs(vm: Any, undo: ExitStack) -> None:
     """PML is switched in the VMCS that is loaded, L2's; L1's control keeps its old value for good."""
 

@@ -54,7 +54,7 @@ def zap_yield_drops_flush(vm: Any, undo: ExitStack) -> None:
     swap_shared(zap, "cond_resched", make, undo)
 
 
-@bug("nx-recovery-ignores-flush", "048f4980", "S", "random/tdp,NX", "nx_huge_pages_test", "random")
+@bug("nx-recovery-ignores-flush", "048f4980", "S", "nx_huge_pages_test/recovery flushes", "random")
 def nx_recovery_ignores_flush(vm: Any, undo: ExitStack) -> None:
     """NX recovery zaps tables and ignores that a flush is due."""
     from migsim.kvm import nx_recovery
@@ -84,13 +84,13 @@ def zap_flush_lost_between_parts(vm: Any, undo: ExitStack) -> None:
         swap(part, "zap_range", make)
 
 
-@bug("fault-zaps-huge-without-flush", "f83524d7", "S", "random/tdp-5.10,W", "random/tdp-5.10,PML", "random")
+@bug("fault-zaps-huge-without-flush", "f83524d7", "S", "races/huge page split under others,tdp-5.10", "random")
 def fault_zaps_huge_without_flush(vm: Any, undo: ExitStack) -> None:
     """The fault handler replaces a huge SPTE by a table and does not flush before the range is used again."""
     vm.mmu.state.flush_gfn = lambda root, gfn, pages: None
 
 
-@bug("write-protect-skips-protected", "7c8a4742", "S", "random")
+@bug("write-protect-skips-protected", "7c8a4742", "S", "races/a tracked page stays protected,tdp", "random")
 def write_protect_skips_protected(vm: Any, undo: ExitStack) -> None:
     """Write-protecting a shadowed page skips an SPTE without W that is MMU-writable: the fast path undoes it."""
 
@@ -135,7 +135,7 @@ def wrprot_only_root_by_d(vm: Any, undo: ExitStack) -> None:
     swap_shared(tdp_log, "needs_write_protect", lambda original: lambda root: False, undo)
 
 
-@bug("mmio-wrap-in-one-space", "kvm: detect MMIO generation wrap, 2019", "S", "races/MMIO generation wraps")
+@bug("mmio-wrap-in-one-space", "kvm: detect MMIO generation wrap, 2019", "S", "races/MMIO generation wraps,space 1")
 def mmio_wrap_in_one_space(vm: Any, undo: ExitStack) -> None:
     """The wrap of the MMIO generation is noticed in address space 0 only."""
     from migsim.kvm.mmio import generation_mask
@@ -165,7 +165,7 @@ def slot_delete_without_zap(vm: Any, undo: ExitStack) -> None:
     vm.mmu.slot_deleted = lambda slot: None
 
 
-@bug("read-only-huge-page-stays", "404381c5", "H", "random/tdp,no eager split", "random")
+@bug("read-only-huge-page-stays", "404381c5", "H", "races/huge page split under others,tdp", "random")
 def read_only_huge_page_stays(vm: Any, undo: ExitStack) -> None:
     """A fault that needs a small page below a read-only huge one does not drop the huge one and loops."""
     from migsim.kvm import tdp_mmu
@@ -200,7 +200,7 @@ def fast_fault_not_marked(vm: Any, undo: ExitStack) -> None:
 
 
 @bug("fast-fault-makes-huge-writable", "rule of c7ba5b48", "L",
-     "random/tdp,no eager split", "random")  # fmt: skip
+     "races/huge page split under others,tdp", "random")  # fmt: skip
 def fast_fault_makes_huge_writable(vm: Any, undo: ExitStack) -> None:
     """The lockless repair gives W to a whole huge page of a logged slot for one store."""
     from migsim.kvm import page_fault

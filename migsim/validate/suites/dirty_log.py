@@ -19,8 +19,8 @@ from migsim.validate.rig import GPA, LOG, SLOT, Rig
 from migsim.validate.verdicts import CheckFailed
 
 SUITE = "dirty_log_test"
-N_PAGES = 2 * 512 + 3  # as the selftest's 1 GiB + 3 pages: the last word is partial
-ITERATIONS = 8
+N_PAGES = 512 + 3  # as the selftest's 1 GiB + 3 pages: the last word is partial
+ITERATIONS = 6
 WRITES_MIN = 0x100  # per iteration, over all vCPUs: TEST_MIN_WRITES_PER_ITERATION
 
 

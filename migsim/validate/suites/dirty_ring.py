@@ -81,6 +81,8 @@ def corrupt_entries(context: Context) -> None:
     )
     with context.rig() as rig:
         _ready(rig)
+        if rig.emulated:
+            _guard_slot_bounds(rig.vm)
         for offsets in spoiled:
             rig.store([0, 1], 1)
             view = rig.player.vcpus[0].ring
@@ -94,6 +96,18 @@ def corrupt_entries(context: Context) -> None:
             context.verified(2)
             rig.vm.set_user_memory_region(SLOT, 0, GPA, N_PAGES * PAGE_SIZE, rig.player.arena)
             rig.slot(N_PAGES)
+
+
+def _guard_slot_bounds(vm: Any) -> None:
+    """What a kernel with KASAN would notice: the MMU is asked to protect pages that no slot has."""
+    protect = vm.mmu.enable_log_dirty_pt_masked
+
+    def guarded(slot: Any, gfn_offset: int, mask: int) -> None:
+        if gfn_offset + mask.bit_length() > slot.npages:
+            raise CheckFailed(f"RESET protects pages {gfn_offset:#x} + mask {mask:#x} of a slot of {slot.npages} pages")
+        protect(slot, gfn_offset, mask)
+
+    vm.mmu.enable_log_dirty_pt_masked = guarded
 
 
 def signal_stops(context: Context) -> None:

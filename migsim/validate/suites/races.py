@@ -28,6 +28,8 @@ def cases(backend: Backend) -> Iterator[Case]:
     yield Case(SUITE, "MMIO while slots change", mmio_in_flux, needs)
     for mmu in ("tdp", "tdp-5.10", "shadow"):
         yield Case(SUITE, f"stores between the steps of GET,{mmu}", partial(stores_between, mmu=mmu), needs)
+        yield Case(SUITE, f"huge page split under others,{mmu}", partial(split_under_others, mmu=mmu), needs)
+        yield Case(SUITE, f"a tracked page stays protected,{mmu}", partial(tracked_stays, mmu=mmu), needs)
 
 
 def once_while_resolving(rig: Rig, act: Callable[[], None]) -> None:
@@ -87,11 +89,10 @@ def generation_wraps(context: Context, as_id: int) -> None:
         stamped = memslots.generation
         for dummy in range(2):  # the update that makes the remembered bits zero
             memslots.generation = (1 << 19) - spaces + as_id
-            slot = as_id << 16 | 5
+            slot = as_id << 16 | 5 + dummy
             rig.slot(1, slot=slot, gpa=OTHER_GPA + (8 << 20) + dummy * PAGE_SIZE, hva=2 << 20)
-            rig.must(Region(slot, 0, 0, 0, 0))
         memslots.generation = stamped - spaces  # a whole turn later, one update before the same bits come again
-        rig.slot(1, slot=as_id << 16 | 6, gpa=OTHER_GPA, hva=3 << 20)
+        rig.slot(1, slot=as_id << 16 | 9, gpa=OTHER_GPA, hva=3 << 20)
         memslots.generation = stamped
         reason, done, _ = rig.run([("w", OTHER_GPA, 1)])
         if (reason, done) != (uapi.KVM_EXIT_HLT, 1):
@@ -119,6 +120,50 @@ def mmio_in_flux(context: Context) -> None:
             if (reason, done) != (uapi.KVM_EXIT_HLT, 1):
                 raise CheckFailed(f"the new slot is hidden by what was remembered while it came (exit {reason})")
             context.verified(8)
+
+
+def split_under_others(context: Context, mmu: str) -> None:
+    """A store splits a huge page that logging has made read-only, while another vCPU holds its translation."""
+    for pml in (False, True):
+        with context.rig({"mmu": mmu, "pml": pml, "eager_page_split": False}, level=2) as rig:
+            rig.slot(1024, 0)
+            rig.vcpus(2)
+            rig.store([0, 512], 1, 0)
+            rig.slot(1024)
+            for value, page in enumerate((7, 600, 511, 512), 2):
+                rig.halts([("r", GPA + at * PAGE_SIZE, 0) for at in (0, 5, 512, 1023)], 1)
+                rig.get(1024)
+                rig.store([page], value, 0)
+                rig.check_inside()
+                if page not in rig.get(1024):
+                    raise CheckFailed(f"the store that split the huge page of page {page} is not reported")
+                rig.store([page], value + 10, 1)
+                if page not in rig.get(1024):
+                    raise CheckFailed(f"page {page} was stored to by the other vCPU after GET and is not reported")
+                context.verified(2 * 1024)
+
+
+def tracked_stays(context: Context, mmu: str) -> None:
+    """A page that logging has protected is then write-tracked: every store must be emulated, none let through."""
+    for pml in (False, True):
+        with context.rig({"mmu": mmu, "pml": pml}) as rig:
+            rig.slot(64)
+            rig.vcpus(1)
+            rig.store([3], 1)
+            rig.get(64)
+            rig.must(Inside("track", (SLOT, (GPA >> 12) + 3, 1)))
+            spte, _ = rig.vm.mmu.walk(rig.vm.vcpus[0].load_root(), (GPA >> 12) + 3)
+            if rig.vm.mmu.fmt.is_present(spte) and rig.vm.mmu.fmt.is_mmu_writable(spte):
+                raise CheckFailed(f"SPTE {spte:#018x} of a write-tracked page can be made writable without mmu_lock")
+            for value in range(2, 5):
+                before = rig.vm.vcpus[0].stats_read()["insn_emulation"]
+                rig.store([3], value)
+                if rig.vm.vcpus[0].stats_read()["insn_emulation"] == before:
+                    raise CheckFailed("a store to a write-tracked page went through without being emulated")
+                if rig.get(64) != {3} or rig.content(3) != value:
+                    raise CheckFailed("an emulated store to a write-tracked page is lost")
+            rig.must(Inside("track", (SLOT, (GPA >> 12) + 3, 0)))
+            context.verified(3 * 64)
 
 
 def stores_between(context: Context, mmu: str) -> None:

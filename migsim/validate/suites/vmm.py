@@ -45,8 +45,8 @@ def migration(context: Context, config: Mapping[str, Any], manual: bool) -> None
         _guest(vmm, random, 300, 1)
         vmm.log_start()
         for round_number in range(8):
+            vmm.meanwhile = partial(_guest, vmm, random, 12 - round_number, 2 + round_number)
             for first in range(0, vmm.n_pages, CHUNK):
-                _guest(vmm, random, 12 - round_number, 2 + round_number)
                 vmm.save_chunk(first, CHUNK)
             start = random.randrange(vmm.n_pages - 3) * PAGE_SIZE + PAGE_SIZE - 8
             vmm.device_write(start, PAGE_SIZE + 16, 100 + round_number)
@@ -80,6 +80,7 @@ def _free_pages(vmm: Vmm) -> None:
 
 def _finish(context: Context, vmm: Vmm) -> None:
     """The guest has stopped: sync and send until nothing is left, which must happen; then compare every page."""
+    vmm.meanwhile = lambda: None
     for round_number in range(ROUNDS_MAX):
         vmm.log_sync()
         if not vmm.dirty:
