@@ -7,7 +7,7 @@ logged or lost is never decided here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from migsim.guest.memory import layout
 from migsim.guest.workload import SEQUENTIAL, Workload
+from migsim.migration.loop_types import RoundLog
 from migsim.migration.ram import BlockState
 from migsim.perf.memstress import Memstress
 from migsim.perf.migration_thread import clear_cost, enable_ns
@@ -154,24 +155,27 @@ class Meters:
         self._operations = operations
         self._rows: dict[int, RoundRow] = {}
         self.total = RoundCost()
-        self._round = 0
+        self._round = self._found = 0
         self._seen = self._last = self._snapshot(0)
 
-    def window(self, now_ns: int, sync: int) -> float | None:
-        """Called between two windows; the guest's slowdown from now on, or None to leave it. `sync`: the round."""
+    def window(self, now_ns: int, rounds: Sequence[RoundLog]) -> float | None:
+        """Called between two windows; the guest's slowdown from now on, or None to leave it. `rounds`: so far."""
+        sync = rounds[-1].sync
         new_round = sync != self._round
         if new_round:
             self._look(self._last)  # what was seen last is the end of the round before
             self._end_round()
             self._round = sync
+            self._found = _found(rounds)
         self._last = self._snapshot(now_ns)
         if not new_round and now_ns - self._seen.now_ns < PACE_NS:
             return None
         self._look(self._last)
         return self.loop.pace.slowdown
 
-    def finish(self, stopped_ns: int) -> None:
+    def finish(self, stopped_ns: int, rounds: Sequence[RoundLog]) -> None:
         """The migration is over; the guest ran until `stopped_ns`. Closes the last round."""
+        self._found = _found(rounds)
         end = self._snapshot(max(stopped_ns, self._last.now_ns))
         self._look(replace(end, duty=self._last.duty))
         self._end_round()
@@ -201,7 +205,7 @@ class Meters:
         w, counters = self.workload, (0, 0, 0)
         if self._operations is not None:
             splits = self._operations.get("huge_page_split", 0)
-            counters = (self.ram.clear_calls, self.ram.rearmed_pages, splits)
+            counters = (self.ram.clear_calls, self._found if self._get_slots else self.ram.rearmed_pages, splits)
         block = self.ram.blocks[self.ram.block_index].block
         scan = min(-(-self.ram.page // CHUNK_PAGES) * CHUNK_PAGES, block.pages)
         return _Snapshot(now_ns, w.clock.copy(), w.duty, counters, block.first_page + scan)
@@ -242,6 +246,14 @@ class Meters:
         t.longest_hold_ns = max(t.longest_hold_ns, done.longest_hold_ns)
         t.thread_cpu_ns += done.thread_cpu_ns
         t.stalls.merge(done.stalls)
+
+
+def _found(rounds: Sequence[RoundLog]) -> int:
+    """Pages the syncs found newly dirty: what GETs without manual protection re-armed.
+
+    But for pages QEMU had marked already, so the hold errs towards the short.
+    """
+    return sum(row.new_dirty_pages for row in rounds)
 
 
 def _row(cost: RoundCost) -> RoundRow:

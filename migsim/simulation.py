@@ -108,7 +108,7 @@ def run(
         loop.run()
     except (KeyboardInterrupt, Interrupted):
         interrupted = True
-    meters.finish(loop.now_ns - loop.stats.downtime_ns)
+    meters.finish(loop.now_ns - loop.stats.downtime_ns, loop.rounds)
     return _result(scenario, seed, world, ram, loop, costs, verify, interrupted, host, meters)
 
 
@@ -124,7 +124,7 @@ class _Reporter:
         self.next_ns = 0
 
     def __call__(self, loop: Precopy) -> None:
-        slowdown = self.meters.window(loop.now_ns, loop.stats.dirty_sync_count)
+        slowdown = self.meters.window(loop.now_ns, loop.rounds)
         if slowdown is not None:
             self.world.workload.set_pace(self.world.workload.duty, slowdown)
         if self.scenario.link.phases:
