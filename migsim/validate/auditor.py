@@ -132,7 +132,7 @@ class Auditor:
 
     def _region(self, step: Region) -> None:
         old = self.slots.get(step.slot)
-        if self.ring:
+        if self.ring and old is not None:
             self.outdated.add(step.slot)
         if step.size == 0:
             self.slots.pop(step.slot, None)

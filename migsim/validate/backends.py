@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -131,6 +133,8 @@ def _load_class(name: str) -> Any:
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name:
         raise BadBackend(f"--backend {name}: 'emulated', 'host', 'all' or module:Class is allowed")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the class is usually a file of the project one stands in
     try:
         return getattr(import_module(module_name), class_name)
     except ImportError as error:

@@ -15,6 +15,7 @@ from migsim.validate.runner import matching, run_plans
 from migsim.validate.verdicts import Outcome
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+SCRIPT_SHOWN_MAX = 40  # steps
 
 
 def run_suites(arguments: argparse.Namespace) -> int:
@@ -30,8 +31,7 @@ def run_suites(arguments: argparse.Namespace) -> int:
     if arguments.suite:
         plans = matching(plans, arguments.suite)
         if not plans and not sentences:
-            names = ", ".join(suite_names())
-            print(f"migsim check: --suite {arguments.suite}: no such suite; allowed: {names}", file=sys.stderr)
+            print(f"migsim check: {no_such_suite(arguments.suite)}", file=sys.stderr)
             return EXIT_BAD_INPUT
     if arguments.list:
         print("\n".join(f"{plan.backend.name}  {plan.case.suite}/{plan.case.name}" for plan in plans))
@@ -39,6 +39,13 @@ def run_suites(arguments: argparse.Namespace) -> int:
     outcomes = run_plans(plans, seed=arguments.seed, ops=arguments.ops, report=Printer(arguments.verbose).report)
     write_reports(arguments, outcomes)
     return summary(outcomes, backends, sentences)
+
+
+def no_such_suite(name: str) -> str:
+    """Why ``--suite`` found nothing."""
+    if name.split("/")[0] == "differential":
+        return "--suite differential compares two backends: it needs --backend all"
+    return f"--suite {name}: no such suite; allowed: {', '.join(suite_names())}"
 
 
 def choose_backends(name: str) -> tuple[list[Backend], list[str]]:
@@ -68,6 +75,10 @@ class Printer:
     def report(self, outcome: Outcome) -> None:
         if outcome.status == "failed":
             print(f"FAILED  {outcome.name}\n        {outcome.reason}\n        repeat: {outcome.repro}", flush=True)
+            if outcome.script:
+                print(f"        {len(outcome.script)} steps; --scripts DIR writes them as Python and as C")
+            if self._verbose and len(outcome.script) <= SCRIPT_SHOWN_MAX:
+                print("\n".join(f"          {step!r}" for step in outcome.script))
         elif self._verbose:
             detail = f": {outcome.reason}" if outcome.reason else ""
             print(f"{outcome.status:<8}{outcome.name} ({outcome.seconds:.2f} s){detail}", flush=True)

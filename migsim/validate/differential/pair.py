@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 from migsim.validate.door import VmDoor
 from migsim.validate.script import Answer, Get, Player, Run, Step
+from migsim.validate.shrink import shrink
 from migsim.validate.verdicts import CheckFailed
 
 MakeVm = Callable[[], VmDoor]
@@ -68,6 +69,19 @@ def _rings_of(player: Player) -> object:
         return player.ring_contents()
     except RuntimeError:
         return ()  # no ring was enabled before the vCPUs
+
+
+def shortened(failure: CheckFailed, subject: MakeVm, judge: MakeVm) -> CheckFailed:
+    """The same difference shown by as short a script as can be found."""
+
+    def differs(script: Sequence[Step]) -> bool:
+        try:
+            return first_difference(script, subject, judge) is not None
+        except IndexError:
+            return False  # a step names a vCPU that is no longer created
+
+    script = shrink(failure.script, differs)
+    return first_difference(script, subject, judge) or failure
 
 
 def first_difference(steps: Iterable[Step], subject: MakeVm, judge: MakeVm) -> CheckFailed | None:

@@ -32,7 +32,7 @@ def random_scripts(context: Context, subject: Backend, judge: Backend) -> None:
         from migsim.validate.differential.machine import run_machine
     except ImportError:
         raise Skipped("hypothesis is not installed: pip install 'migsim[test]'") from None
-    from migsim.validate.differential.pair import Pair
+    from migsim.validate.differential.pair import Pair, shortened
 
     config = machine_like(judge)
 
@@ -46,7 +46,7 @@ def random_scripts(context: Context, subject: Backend, judge: Backend) -> None:
         context.done += tally.operations
         context.verified(tally.bits)
         if failure is not None:
-            raise failure
+            raise shortened(failure, lambda: subject.make(config), lambda: judge.make({}))
     context.notes.append(f"{context.done} operations compared, 0 mismatches")
 
 
