@@ -38,7 +38,7 @@ def run_suites(arguments: argparse.Namespace) -> int:
         return 0
     outcomes = run_plans(plans, seed=arguments.seed, ops=arguments.ops, report=Printer(arguments.verbose).report)
     write_reports(arguments, outcomes)
-    return summary(outcomes, backends, sentences)
+    return summary(outcomes, sentences)
 
 
 def no_such_suite(name: str) -> str:
@@ -100,7 +100,7 @@ def write_reports(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) ->
                 print(f"wrote {written}")
 
 
-def summary(outcomes: Sequence[Outcome], backends: Sequence[Backend], sentences: Sequence[str]) -> int:
+def summary(outcomes: Sequence[Outcome], sentences: Sequence[str]) -> int:
     """Print totals a backend and every reason for a skip once; the exit code."""
     for name in dict.fromkeys(outcome.backend for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.backend == name]
@@ -112,6 +112,9 @@ def summary(outcomes: Sequence[Outcome], backends: Sequence[Backend], sentences:
         )
         for reason in dict.fromkeys(o.reason for o in mine if o.status == "skipped"):
             print(f"  skipped {sum(o.reason == reason for o in mine if o.status == 'skipped')}: {reason}")
+    if any(outcome.suite == "differential" for outcome in outcomes):
+        print("not compared with the host, because it cannot be:")
+        print("\n".join(f"  {line}" for line in NOT_SHOWN))
     ran = any(outcome.status == "passed" for outcome in outcomes)
     if not ran and not any(outcome.status == "failed" for outcome in outcomes):
         print("nothing ran, so nothing was shown")

@@ -133,16 +133,16 @@ def _collect(context: Context, slots: list[HugeSlot], what: str, manual: int) ->
 
 def _store(context: Context, vm: Any, slot: HugeSlot, random: np.random.Generator) -> None:
     """A round of stores: by chunk through the kernels, then single ones at edges and at random through the vCPU."""
-    from migsim.kvm.bulk_slot import BulkSlot
+    from migsim.kvm.bulk import COUNTS_LEN
 
-    bulk = BulkSlot(vm, vm.mmu.state, vm.vcpus[0].load_root(), slot.slot)
-    counts = np.zeros(6, dtype=np.int64)
+    leaves = vm.vcpus[0].load_root().leaf[slot.id]
+    counts = np.zeros(COUNTS_LEN, dtype=np.int64)
     log_summary = np.zeros(words_of(len(slot.truth)) + 64, dtype=np.uint64)
     kinds = random.integers(0, len(CHUNK_KINDS), chunks_of(slot.n_pages))
     for number, kind in enumerate(kinds):
         if CHUNK_KINDS[kind]:
             hits = _draw(random, CHUNK_KINDS[kind])
-            _store_chunk(bulk, slot, number, hits, log_summary, counts)
+            _store_chunk(leaves, slot, number, hits, log_summary, counts)
     last = slot.n_pages - 1
     single = {0, last, CHUNK_PAGES - 1, CHUNK_PAGES, *random.integers(0, slot.n_pages, SINGLE_STORES).tolist()}
     pages = sorted(page for page in single if page <= last)
@@ -164,7 +164,7 @@ def _draw(random: np.random.Generator, share: float) -> Words:
     return hits
 
 
-def _store_chunk(bulk: Any, slot: HugeSlot, number: int, hits: Words, log_summary: Words, counts: Any) -> None:
+def _store_chunk(leaves: Any, slot: HugeSlot, number: int, hits: Words, log_summary: Words, counts: Any) -> None:
     from migsim.kvm.bulk import store_mapped, store_mapped_pml
 
     where = slot.chunk(number)
@@ -172,13 +172,14 @@ def _store_chunk(bulk: Any, slot: HugeSlot, number: int, hits: Words, log_summar
     hits[length:] = 0
     if where.stop == len(slot.truth):
         hits[length - 1] &= np.uint64(tail_mask(slot.n_pages))
-    for plane in (bulk.log, bulk.writable, bulk.dirty):
+    log = slot.slot.dirty_bitmap
+    for plane in (log, leaves.writable, leaves.dirty):
         plane.settle(number)
     summary = np.packbits(hits != 0, bitorder="little").view(np.uint64)
     groups = words_of(length)
-    planes = (bulk.log.words, log_summary, bulk.writable.words)
-    if bulk.pml:
-        store_mapped_pml(hits, summary, *planes, bulk.dirty.words, where.start, groups, counts)
+    planes = (log.words, log_summary, leaves.writable.words)
+    if slot.vm.pml_enabled:
+        store_mapped_pml(hits, summary, *planes, leaves.dirty.words, where.start, groups, counts)
     else:
         store_mapped(hits, summary, *planes, where.start, groups, counts)
     slot.truth[where] |= hits[:length]
