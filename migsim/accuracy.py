@@ -41,9 +41,6 @@ PROFILE: Final = "qemu-7.2-loopback"
 DATA_OFFSET: Final = 16 * MIB  # the guest fills memory, and writes, from here on
 STATUS_PAGE: Final = 1  # holds the guest's counter: every write dirties it
 STACK_PAGE: Final = 3
-# The guest runs for so long before migrate: the recorder waits 0.5 s, measures its rate for 1 s, twice samples its
-# dirty rate for a second (seen by a poll each 0.1 s), and looked for its start each 0.2 s.
-LEAD_IN_MS: Final = 500 + 1000 + 2 * 1100 + 100
 POLL_MS: Final = 101.1  # the recorder sleeps 100 ms between two looks and cancels, or starts post-copy, at one of them
 # QEMU 7.2's `pc` with an own 64 KiB firmware and no devices: (block, pages, pages that are not zero). The firmware
 # has code in its first and last page; of the ACPI blocks the tables, the loader and the RSDP hold one page of data.
@@ -156,13 +153,24 @@ def _workload(facts: Given) -> list[dict[str, Any]]:
         "working-set": f"{pages * PAGE_SIZE} B",
         "write-bytes": f"{config['write_bytes']} B",
         "catch-up": bool(config["catch_up"]),
-        "running": f"{LEAD_IN_MS} ms",
+        "running": f"{_lead_in_ms(config)} ms",
     }
     if config["pattern"] == "hotcold":
         hot = pages // 100 * config.get("hot_pages_pct", 10)
         stream |= {"hot-pages": hot / pages, "hot-writes": config.get("hot_writes_pct", 90) / 100}
     status = {"pattern": "uniform", "rate": rate, "offset": f"{STATUS_PAGE * PAGE_SIZE} B", "write-bytes": "16 B"}
     return [stream, status | {"working-set": f"{PAGE_SIZE} B"}]
+
+
+def _lead_in_ms(config: Mapping[str, Any]) -> int:
+    """How long the guest has been writing when migrate is sent: the recorder's own waits.
+
+    It looks for the guest each 200 ms, waits 500 ms, measures the rate for 1 s, then runs calc-dirty-rate two times
+    (three with KVM) and sees each end by a poll of 100 ms.
+    """
+    seconds = config.get("dirty_rate_time", 1)
+    runs = (3 if config["accel"] == "kvm" else 2) if seconds else 0
+    return 100 + 500 + 1000 + runs * (1000 * seconds + 100)
 
 
 def _migration(facts: Given) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class XbzrleCache:
         return np.asarray(self.owner[pages & (self.pages - 1)] == pages)
 
     def insert(self, pages: Ints, now_age: int, clock_s: float) -> None:
-        """Insert or refresh; a slot that holds another page of the last syncs keeps it. No two pages of one slot."""
+        """Insert or refresh; a slot that holds another page of the last syncs keeps it, so the first of two wins."""
+        pages = pages[::-1]  # the last assignment stays, and that is to be the first page's
         slots = pages & (self.pages - 1)
         held = (self.owner[slots] != pages) & (self.owner[slots] != EMPTY)
         free = ~(held & (self.age[slots] + CACHED_PASSES > now_age))
@@ -146,14 +147,16 @@ class XbzrleRam:
         return Saved(normal, zero, sent_bytes, spent, why)
 
     def _next(self) -> tuple[Ints, NDArray[np.bool_]]:
-        """Guest pages of the next batch in scan order, inside one block and one span of the cache; which are zero."""
+        """Guest pages of the next batch in scan order, inside one block, and which are zero.
+
+        A cache smaller than the batch sees it as one step: hits are judged before the batch's own inserts.
+        """
         ram = self.ram
         while True:
             state = ram.blocks[ram.block_index]
             for chunk in range(chunks_of(state.block.pages)):
                 state.bmap.settle(chunk)
-            span = min(BATCH, self.cache.pages)
-            found = np.flatnonzero(_bits(state.bmap.words, ram.page, min(ram.page + span, state.block.pages)))
+            found = np.flatnonzero(_bits(state.bmap.words, ram.page, min(ram.page + BATCH, state.block.pages)))
             if len(found):
                 pages = found + ram.page
                 for chunk in range(chunks_of(state.block.pages)):
@@ -161,7 +164,7 @@ class XbzrleRam:
                 words = state.block.zero.words
                 is_zero = (words[pages >> 6] >> (pages & 63).astype(np.uint64)) & np.uint64(1) != 0
                 return pages + state.block.first_page, np.asarray(is_zero)
-            ram.page += span
+            ram.page += BATCH
             if ram.page >= state.block.pages:
                 ram.block_index, ram.page = (ram.block_index + 1) % len(ram.blocks), 0
                 self.started = self.started or ram.block_index == 0
