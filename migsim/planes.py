@@ -192,3 +192,13 @@ def _fill_words(words: Words, first: int, end: int, value: bool) -> None:
         else:
             words[word] &= np.uint64(~mask & (2**64 - 1))
     words[first_word + 1 : last_word] = ALL_ONES if value else np.uint64(0)
+
+
+def summary_of_ones(n_pages: int) -> Words:
+    """The summary (see migsim.words) of a plane of `n_pages` whose every word may be non-zero; no bit beyond them."""
+    n_words = words_of(n_pages)
+    summary = np.zeros(chunks_of(n_pages) * CHUNK_WORDS // WORD_BITS, dtype=np.uint64)
+    summary[: n_words // WORD_BITS] = ALL_ONES
+    if n_words % WORD_BITS:
+        summary[n_words // WORD_BITS] = tail_mask(n_words)
+    return summary

@@ -228,6 +228,7 @@ def _verify(world: World, ram: Ram, converged: bool) -> dict[str, object]:
     """The ground truth's counts. After completion every page must equal the destination's."""
     lost, first = ram.lost() if isinstance(ram, FusedRam) else (0, -1)
     if converged:
+        (ram if isinstance(ram, FusedRam) else world).catch_up()
         lost = max(lost, world.memory.stale_pages())
     bits = ram.bits_verified if isinstance(ram, FusedRam) else 0
     out: dict[str, object] = {

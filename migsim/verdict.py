@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from migsim.migration.precopy import Precopy
 from migsim.quantities import in_words
@@ -54,14 +55,18 @@ def _limit(scenario: Scenario, loop: Precopy, rounds: Sequence[Round]) -> str:
     """What keeps it from converging: compare what gets dirty with what is sent, and the floor with the threshold."""
     seen = [r for r in rounds if r.duration_ns > NS_PER_S and r.sync > 1] or list(rounds)
     last = seen[-1]
-    dirty_rate = max((r.new_dirty_pages for r in seen[-3:]), default=0) * PAGE_SIZE
-    span = max(1, last.duration_ns)
+    # what a sync finds was dirtied in the round before it
+    rates = [
+        after.new_dirty_pages * PAGE_SIZE * NS_PER_S // before.duration_ns
+        for before, after in pairwise(rounds)
+        if before.duration_ns > NS_PER_S // 10
+    ]
     sent = in_words(round(last.bandwidth), "rate")
     if loop.stats.dirty_sync_count < 2:
         return f"the first pass over {in_words(loop.ram.total_bytes, 'size')} is not finished at {sent}"
     floor = in_words(loop.stats.dirty_bytes_last_sync, "size")
     need = in_words(max(1, loop.stats.threshold_bytes), "size")
-    rate = in_words(round(dirty_rate * NS_PER_S / span), "rate")
+    rate = in_words(max(rates[-3:], default=0), "rate")
     return (
         f"each sync leaves {floor} dirty (the guest dirties {rate} of distinct pages, the migration sends {sent}), "
         f"and the downtime-limit of {scenario.migration.downtime_limit} ms admits {need}"

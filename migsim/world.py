@@ -270,6 +270,11 @@ class World:
 
     # -- writes one by one: the readable form of fused_kernels.catch_up_chunk ----------------------------------------
 
+    def catch_up(self) -> None:
+        """Let every write the guest has made happen: the oracle is an observer too."""
+        for of in self.slots:
+            self._observe(of.slot, 0, of.slot.npages)
+
     def _observe(self, slot: Memslot, first: int, pages: int) -> None:
         of = self._by_slot[slot.id]
         for chunk in range((of.first + first) // CHUNK_PAGES, (of.first + first + pages - 1) // CHUNK_PAGES + 1):

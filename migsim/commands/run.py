@@ -12,15 +12,18 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from migsim.commands.look import compiled, refuse_unwritable, require_memory
+from migsim.quantities import in_words
 from migsim.scenario import Scenario, ScenarioError, json_schema, load
 
 if TYPE_CHECKING:
     from migsim.result import Progress, Result
 
-__all__ = ["add_arguments", "run_run"]
+__all__ = ["FAULT_NAMES", "add_arguments", "run_run"]
+
+FAULT_NAMES = ("clear-after-read", "no-final-sync", "no-flush", "no-protect")  # of validate.faults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_bounded(1, 1024), metavar="N", help="of the emulator; changes no result")
     parser.add_argument("--json", metavar="FILE", help="write the result there; - is standard output")
     parser.add_argument("--no-verify", action="store_true", help="without the ground truth of every page")
+    parser.add_argument("--fault", metavar="STEP", help=f"switch one safety step off: {', '.join(FAULT_NAMES)}")
     parser.add_argument("--quiet", action="store_true", help="print nothing; the exit code tells")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a scenario and stop")
 
@@ -44,6 +48,8 @@ def run_run(arguments: argparse.Namespace) -> int:
     if arguments.scenario is None:
         raise ScenarioError("", "a scenario is needed: migsim run SCENARIO.toml")
     scenario = load(arguments.scenario, arguments.settings)
+    if arguments.fault is not None and arguments.fault not in FAULT_NAMES:
+        raise ScenarioError("--fault", f"must be one of {', '.join(FAULT_NAMES)}", value=arguments.fault)
     if arguments.json not in (None, "-"):
         refuse_unwritable(arguments.json)
     require_memory(scenario, verify=not arguments.no_verify)
@@ -74,6 +80,7 @@ def _migrate(scenario: Scenario, arguments: argparse.Namespace) -> Result:
                 threads=arguments.threads,
                 verify=not arguments.no_verify,
                 progress=progress,
+                **_faulty(scenario, arguments.fault),
             )
         except KeyboardInterrupt:
             rounds = last[0].rounds if last else ()
@@ -85,6 +92,18 @@ def _migrate(scenario: Scenario, arguments: argparse.Namespace) -> Result:
                 seed=arguments.seed,
                 rounds=rounds,
             )
+
+
+def _faulty(scenario: Scenario, name: str | None) -> dict[str, Any]:
+    """A run with one step switched off goes page at a time, which is for small guests."""
+    if name is None:
+        return {}
+    from migsim.validate.faults import FAULTS, MEMORY_MAX
+
+    if scenario.guest.memory > MEMORY_MAX:
+        problem = f"--fault runs page at a time, for guests of up to {in_words(MEMORY_MAX, 'size')}"
+        raise ScenarioError("guest.memory", problem, value=in_words(scenario.guest.memory, "size"))
+    return {"page_at_a_time": True, "fault": FAULTS[name]}
 
 
 def _deliver(result: Result, arguments: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ def draw_hits(
             any_hit = True
             _wipe(hits, summary)
         if law[s] == SEQUENTIAL:
-            draw_sweep(hits[: (pages + 63) >> 6], summary, base, first[s], end[s], seen[s], clock[s])
+            draw_sweep(hits, summary, base, pages, first[s], end[s], seen[s], clock[s])
         else:
             p = -math.expm1(-writes / (end[s] - first[s]))
             draw_uniform(hits, summary, scratch, a - base, b - base, p, chunk_key(seed_key, s, unit, visit))

@@ -181,17 +181,19 @@ def _sweep_range(out: Words, summary: Words, first: int, end: int) -> None:
 
 
 @njit(cache=True, nogil=True)
-def draw_sweep(out: Words, summary: Words, base: int, first: int, end: int, start: float, stop: float) -> None:
+def draw_sweep(
+    out: Words, summary: Words, base: int, pages: int, first: int, end: int, start: float, stop: float
+) -> None:
     """OR the pages a sequential sweep of [first, end) wrote between its write counts `start` and `stop`.
 
-    Pages are numbered from `base` (bit 0 of `out`); `out` covers `64 * len(out)` pages. Write k goes to page
+    Pages are numbered from `base` (bit 0 of `out`), and only [base, base + pages) counts. Write k goes to page
     first + k mod (end - first), k = floor(start) .. floor(stop) - 1.
     """
     n = end - first
     a, b = math.floor(start), math.floor(stop)
     if b <= a or n <= 0:
         return
-    limit = base + 64 * len(out)
+    limit = base + pages
     if b - a >= n:
         _sweep_range(out, summary, max(first, base) - base, min(end, limit) - base)
         return

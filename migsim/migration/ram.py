@@ -28,9 +28,8 @@ from migsim.migration.ram_kernels import (
     next_dirty,
     save_span,
 )
-from migsim.planes import ALL_ONES, Plane, Words
+from migsim.planes import Plane, Words, summary_of_ones
 from migsim.units import CHUNK_PAGES, PAGE_SIZE, words_of
-from migsim.words import SUMMARY_WORDS
 
 PS_PER_NS = 1000
 
@@ -125,7 +124,7 @@ class Ram:
             BlockState(
                 block,
                 Plane(block.pages, ones=True),
-                np.full(block.chunks * SUMMARY_WORDS, ALL_ONES),
+                summary_of_ones(block.pages),
                 np.zeros(block.chunks, dtype=np.uint8),
                 [
                     KvmSlot(slot_id, where.first, where.pages, _words(where.pages * with_bitmaps))
