@@ -12,6 +12,7 @@ from migsim.validate.junit import junit
 from migsim.validate.ktap import ktap
 from migsim.validate.registry import all_plans, suite_names
 from migsim.validate.runner import matching, run_plans
+from migsim.validate.suites.differential import NOT_SHOWN
 from migsim.validate.verdicts import Outcome
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2

@@ -124,6 +124,13 @@ def test_the_host_passes_what_it_can_show_and_names_what_it_cannot(capsys: pytes
     assert "KVM shows no SPTE or TLB entry" in capsys.readouterr().out
 
 
+@needs_kvm
+def test_with_all_the_differential_runs_and_says_what_it_cannot_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("--backend", "all", "--suite", "differential", "--ops", "1000") == 0
+    out = capsys.readouterr().out
+    assert "all: 1 passed" in out and "cannot be:\n  SPTEs" in out
+
+
 def test_a_case_that_verifies_nothing_does_not_pass() -> None:
     outcome = run_case(emulated(), Case("s", "empty", lambda context: None), seed=0, ops=1)
     assert outcome.status == "failed" and "verified nothing" in outcome.reason
