@@ -16,6 +16,8 @@ from migsim.migration.wire import NORMAL_PAGE, ZERO_PAGE, RamBlockName, stream_s
 from migsim.scenario import Scenario
 from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
 
+TICK_SHARE = 0.09
+
 #: ns each, assumed where a host profile says nothing: a 2.7 GHz server, TCP, not measured here.
 ASSUMED_NS: Mapping[str, float] = {
     "qemu_page": 1600.0,  # read, zero test, copy into the socket: one thread sends about 20 Gbit/s
@@ -42,7 +44,7 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_wake": 80_000.0,  # a timed wait ends late: timer slack of 50 us and a wake-up
     "qemu_window": 80_000.0,  # reading the clock, flushing the stream, reading it again
     "qemu_throttle_wake": 90_000.0,  # a throttled vCPU's sleep ends late
-    "qemu_throttle_tick_tcg": 0.0,  # share by which a throttle tick is late, of the part of a sleep beyond 4 ms
+    "qemu_throttle_tick_tcg": 0.0,  # how late, at most, a throttle tick is under TCG
     "qemu_postcopy_page": 3_000.0,  # sent, received, placed with UFFDIO_COPY
     "qemu_postcopy_discard_page": 130.0,  # a dirty page named to the destination and discarded there
     "qemu_postcopy_run": 6_000_000.0,  # package received and loaded until the destination's vCPUs run
@@ -92,11 +94,14 @@ class QemuCosts:
         return page_ns + (self.ns("qemu_page_kvm") if self.scenario.kvm.accel == "kvm" else 0.0)
 
     def throttle_tick_delay_ns(self, percentage: int) -> int:
-        """How much later than asked the throttle timer fires under TCG; long sleeps hold up the main loop more."""
+        """How much later than asked the throttle timer fires under TCG, where vCPU and main loop share a lock.
+
+        Nothing up to sleeps of 4 ms, then a share of them up to the bound: recordings at 20 to 99 % of throttle.
+        """
         if self.scenario.kvm.accel != "tcg" or not percentage:
             return 0
         sleep_ns = TIMESLICE_NS * percentage / (100 - percentage)
-        return round(self.ns("qemu_throttle_tick_tcg") * max(0.0, sleep_ns - 4 * NS_PER_MS))
+        return round(min(self.ns("qemu_throttle_tick_tcg"), TICK_SHARE * max(0.0, sleep_ns - 4 * NS_PER_MS)))
 
     def setup_bytes(self) -> int:
         """The stream before its first page: header, machine type, RAM's blocks."""

@@ -118,6 +118,7 @@ class World:
         streams = [self._paced(stream, config) for config in guest.workload for stream in streams_of(config)]
         self.workload = Workload(streams, self.memory.chunks, stream_key(seed))
         self._start_streams()
+        self.throttled_at_ns = 0
         self._buffers = np.zeros((2, CHUNK_WORDS), dtype=np.uint64)
         self._summary = np.zeros(SUMMARY_WORDS, dtype=np.uint64)
         self._by_slot = {of.slot.id: of for of in self.slots}
@@ -193,9 +194,10 @@ class World:
         return round(self.costs.ns("qemu_setup"))
 
     def log_stop(self) -> None:
-        """Logging off, as QEMU does when the guest runs on here. A bulk guest keeps split tables: nobody looks."""
-        for of in self.slots if not self.bulk else ():
-            self._set_flags(self._current(of), 0)
+        """Logging off, if the guest runs on here; else it waits until it does (memory_global_dirty_log_stop)."""
+        if self.workload.duty:
+            for of in self.slots:
+                self._set_flags(self._current(of), 0)
 
     def _current(self, of: SlotOf) -> Memslot:
         slot = self.vm.memslots(0).by_id(of.slot.id)
@@ -224,15 +226,23 @@ class World:
 
     def set_throttle(self, percentage: int) -> None:
         """cpu-throttle-percentage: every vCPU runs for what `duty` leaves it."""
+        if self.workload.duty == 1.0:
+            self.throttled_at_ns = self.workload.now_ns
         late_ns = self.costs.throttle_tick_delay_ns(percentage)
         share = duty(percentage, wake_ns=round(self.costs.ns("qemu_throttle_wake")), tick_delay_ns=late_ns)
         self.workload.set_pace(share, self.workload.slowdown)
 
-    def sync_wait_ns(self, percentage: int, chance: float) -> int:
-        """TCG's sync runs a no-op on every vCPU after it (tcg_log_global_after_sync), which a sleep holds up."""
-        if self.scenario.kvm.accel != "tcg" or not percentage or chance >= percentage / 100:
+    def sync_wait_ns(self, percentage: int) -> int:
+        """TCG's sync runs a no-op on every vCPU after it (tcg_log_global_after_sync), which a sleep holds up.
+
+        Where in its cycle the vCPU is follows from when the throttle began: 10 ms of running, then tick after tick.
+        """
+        if self.scenario.kvm.accel != "tcg" or not percentage:
             return 0
-        return round(TIMESLICE_NS * chance / (1 - percentage / 100))  # what is left of the sleep, evenly
+        cycle_ns = TIMESLICE_NS * 100 // (100 - percentage) + self.costs.throttle_tick_delay_ns(percentage)
+        sleep_ns = TIMESLICE_NS * percentage // (100 - percentage)
+        since_ns = self.workload.now_ns - self.throttled_at_ns - TIMESLICE_NS
+        return max(0, sleep_ns - since_ns % cycle_ns) if since_ns >= 0 else 0
 
     def vcpu_dirty_rates(self) -> list[VcpuDirtyRate]:
         """What the dirty rings count for each vCPU: first writes to pages between two reaps, a second apart."""
@@ -286,6 +296,7 @@ class World:
         unit, base, pages = block.first_chunk + chunk, chunk * CHUNK_PAGES, block.chunk_pages(chunk)
         log = of.slot.dirty_bitmap
         marked = log is not None and of.first % CHUNK_PAGES == 0 and log.full[chunk - of.first // CHUNK_PAGES]
+        marked = marked and not self.vm.mmu.state.vintage.protects_huge_at_enable  # and so unprotected
         has_zero = block.zero.full[chunk] or block.zero.words[block.zero.chunk_words(chunk)].any()
         if marked and block.stale.full[chunk] and not has_zero:  # no write can change a thing
             w.seen[unit, :] = w.clock

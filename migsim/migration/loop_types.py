@@ -44,8 +44,8 @@ class Machine(Protocol):
     def set_throttle(self, percentage: int) -> None:
         """cpu-throttle-percentage of every vCPU; 0 none."""
 
-    def sync_wait_ns(self, percentage: int, chance: float) -> int:
-        """How long a sync waits for throttled vCPUs; `chance` in (0, 1) says where in their sleep they are."""
+    def sync_wait_ns(self, percentage: int) -> int:
+        """How long a sync that begins now waits for throttled vCPUs."""
 
     def vcpu_dirty_rates(self) -> list[VcpuDirtyRate]:
         """What the dirty rings counted for each vCPU over the last period."""
