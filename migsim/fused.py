@@ -3,8 +3,8 @@
 The readable form is migration.ram over kvm.vm: observe, GET, merge; CLEAR, clear the bit, read the page. Here the same
 steps, in the same order, run chunk by chunk inside numba, so that a chunk's planes are in the cache for all of them.
 It sits above both sides because it has to see both; nothing it does could not be done through the ioctls, and a test
-holds its results equal to theirs, byte for byte. What the kernels cannot do in bulk they hand back: a chunk to split,
-a phase of the workload that begins, a store to a page that is not mapped at 4K.
+holds its results equal to theirs, byte for byte. What lies above the 4K leaves the kernels hand back: huge pages that
+a CLEAR or a store meets, tables that are missing; and a phase of the workload that begins.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Protocol
 
 import numpy as np
 
-from migsim.fused_kernels import (
+from migsim.fused_kernels import catch_up_chunks, harvest_chunk, store_chunk, sync_chunks
+from migsim.fused_send import give_back, send_pages, taken_words
+from migsim.fused_views import (
     BITS,
     CLEAR_CALLS,
     FIRST_LOST,
     LOST,
+    NEED_4K,
     NEED_CLOCK,
-    NEED_SPLIT,
-    NEED_STORES,
+    NEED_TABLES,
     NEW,
     NOW_NS,
     REARMED_PAGES,
@@ -34,17 +36,13 @@ from migsim.fused_kernels import (
     Ints,
     SlotView,
     Streams,
-    give_back,
-    harvest_chunk,
-    send_pages,
-    sync_chunks,
 )
 from migsim.guest.memory import RamBlock
 from migsim.guest.workload import Workload
-from migsim.kvm.bulk import COUNTS_LEN
+from migsim.kvm.bulk import COUNTS_LEN, Leaves
 from migsim.migration.ram import BlockState, KvmSlot, Ram, Saved, SaveLimits
 from migsim.migration.ram_kernels import DUPLICATE, ELAPSED_PS, END_OF_SPAN, NORMAL, STATE_LEN, USED, next_dirty
-from migsim.planes import ALL_ONES, Plane, Words
+from migsim.planes import Plane, Words, summary_of_ones
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, chunks_of
 from migsim.words import SUMMARY_WORDS
 
@@ -58,14 +56,23 @@ class LoggedSlot(Protocol):
     writable: Plane
     dirty: Plane
     present: Plane
+    leaves: Leaves
     tabled: np.ndarray[tuple[int], np.dtype[np.uint8]]
+    reach: np.ndarray[tuple[int], np.dtype[np.uint8]]
     pml: bool
+    fast_path: bool
+    plain: bool
+    silent: bool
+    walks: bool
 
-    def split(self, chunk: int) -> None:
-        """Split every huge leaf of a chunk of the slot to 4K (eager page splitting inside CLEAR)."""
+    def make_tables(self, chunk: int, hits: Words, counts: Ints) -> None:
+        """What the slow page faults of stores to a chunk do above level 1."""
 
-    def store(self, page: int) -> None:
-        """A guest store to one page of the slot, the long way."""
+    def reach_4k(self, chunk: int, taken: Words | None = None) -> None:
+        """What CLEAR of `taken` (None: of every page) does about the huge pages of a chunk."""
+
+    def harvested(self, taken: int) -> None:
+        """A GET without manual protection re-armed `taken` pages."""
 
     def count(self, counts: Ints) -> None:
         """Add the kernels' counts to KVM's statistics."""
@@ -129,11 +136,12 @@ class FusedRam(Ram):
         known = Plane(pages, ones=True)  # nothing is known before the first GET; lazily full costs nothing to drop
         sums = [np.zeros(chunks_of(pages) * SUMMARY_WORDS, dtype=np.uint64) for _ in range(2)]
         _summarise(kvm.log, sums[0])
-        truth_sum = np.full(block.chunks * SUMMARY_WORDS, ALL_ONES) if verify else state.bmap_summary
+        truth_sum = summary_of_ones(block.pages) if verify else state.bmap_summary
         slot = SlotView(
             pages, first // CHUNK_PAGES, kvm.log.words, sums[0], kvm.log.full, kvm.writable.words, kvm.writable.full,
-            kvm.dirty.words, kvm.dirty.full, kvm.present.words, kvm.present.full, kvm.tabled, known.words, sums[1],
-            known.full, np.zeros(chunks_of(pages), dtype=np.uint8), kvm.pml, self.lazy_clear,
+            kvm.dirty.words, kvm.dirty.full, kvm.present.words, kvm.present.full, kvm.leaves, kvm.tabled, kvm.reach,
+            known.words, sums[1], known.full, np.zeros(chunks_of(pages), dtype=np.uint8), kvm.pml, kvm.fast_path,
+            kvm.plain, kvm.silent, kvm.walks, self.lazy_clear,
         )  # fmt: skip
         view = BlockView(
             block.pages, block.first_page, block.first_chunk, bmap.words, state.bmap_summary, bmap.full,
@@ -181,6 +189,8 @@ class FusedRam(Ram):
                 parts = [job.result() for job in jobs] or [self._sync_part(extent, first, end, 0)]
                 for counts, results in parts:
                     self._add(extent, counts, results)
+                if not self.lazy_clear:
+                    extent.kvm.harvested(sum(int(results[REARMED_PAGES]) for _, results in parts))
         new = int(self.results[NEW]) - before
         self.dirty_pages += new
         return new
@@ -195,7 +205,7 @@ class FusedRam(Ram):
                 )
             )
             if begin < end:
-                self._store_hits(extent, begin, hits)
+                self._store_hits(extent, begin, hits, summary, counts)
                 harvest_chunk(begin, extent.slot, extent.block, results)
                 begin += 1
         return counts, results
@@ -208,20 +218,24 @@ class FusedRam(Ram):
         self.results[FIRST_LOST] = first_lost if first_lost >= 0 else found
         self.rearmed_pages, self.clear_calls = int(self.results[REARMED_PAGES]), int(self.results[CLEAR_CALLS])
 
-    def _store_hits(self, extent: Extent, chunk: int, hits: Words) -> None:
-        base = chunk * CHUNK_PAGES - extent.first
-        with self.lock:  # the long way counts in Python objects
-            self._store_each(extent, base, hits, chunk)
+    def _store_hits(self, extent: Extent, chunk: int, hits: Words, summary: Words, counts: Ints) -> None:
+        """The stores a kernel handed back, once there are tables for them."""
+        in_slot = chunk - extent.slot.offset
+        with self.lock:  # the tables are everybody's
+            extent.kvm.make_tables(in_slot, hits, counts)
+        pages = min(CHUNK_PAGES, extent.block.pages - chunk * CHUNK_PAGES)
+        assert store_chunk(in_slot, (pages + 4095) >> 12, extent.slot, hits, summary, counts), f"no tables in {chunk}"
 
-    def _store_each(self, extent: Extent, base: int, hits: Words, chunk: int) -> None:
-        for word in map(int, np.flatnonzero(hits[: _chunk_words(extent.block.pages, chunk)])):
-            bits = int(hits[word])
-            while bits:
-                low = bits & -bits
-                extent.kvm.store(base + (word << 6) + low.bit_length() - 1)
-                bits ^= low
-            at = (base >> 6) + word
-            extent.slot.log_summary[at >> 6] |= np.uint64(1 << (at & 63))
+    def _reach_4k(self, extent: Extent, chunk: int) -> None:
+        """What the CLEAR of a chunk is to do about huge pages before it re-arms."""
+        slot, block = extent.slot, extent.block
+        in_slot = chunk - slot.offset
+        taken = None
+        if not (slot.known_full[in_slot] and slot.log_full[in_slot]):
+            taken = np.zeros(CHUNK_WORDS, dtype=np.uint64)
+            taken_words(in_slot, chunk, slot, block, taken)
+        extent.kvm.reach_4k(in_slot, taken)
+        slot.reach[in_slot] *= 2  # done for this CLEAR, whatever is left
 
     # -- save --------------------------------------------------------------------------------------------------------
 
@@ -261,12 +275,12 @@ class FusedRam(Ram):
             )  # fmt: skip
             self.page = int(page)
             self.workload.now_ns = int(results[NOW_NS])
-            if why == NEED_SPLIT:
-                extent.kvm.split((self.page - extent.first) // CHUNK_PAGES)
+            if why == NEED_4K:
+                self._reach_4k(extent, self.page // CHUNK_PAGES)
             elif why == NEED_CLOCK:
                 self.tick(int(state[ELAPSED_PS]))
-            elif why == NEED_STORES:
-                self._store_hits(extent, self.page // CHUNK_PAGES, hits)
+            elif why == NEED_TABLES:
+                self._store_hits(extent, self.page // CHUNK_PAGES, hits, summary, counts)
             else:
                 break
         results[NOW_NS] = 0
@@ -278,6 +292,24 @@ class FusedRam(Ram):
         return self._save_next(state, limits)
 
     # -- the oracle --------------------------------------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Let every write the guest has made happen: the oracle is an observer too."""
+        self._return_loans()
+        hits, summary, scratch = self.scratch[0]
+        for extent in (extent for side in self.extents for extent in side):
+            counts = np.zeros(COUNTS_LEN, dtype=np.int64)
+            at, end = extent.first // CHUNK_PAGES, chunks_of(extent.end)
+            while at < end:
+                at = int(
+                    catch_up_chunks(
+                        at, end, self.streams, extent.slot, extent.block, hits, summary, scratch, counts
+                    )
+                )
+                if at < end:
+                    self._store_hits(extent, at, hits, summary, counts)
+                    at += 1
+            extent.kvm.count(counts)
 
     def lost(self) -> tuple[int, int]:
         """(pages found lost at a sync so far, one of them or -1)."""
@@ -304,10 +336,6 @@ def _results() -> Ints:
     results = np.zeros(RESULTS_LEN, dtype=np.int64)
     results[FIRST_LOST] = -1
     return results
-
-
-def _chunk_words(pages: int, chunk: int) -> int:
-    return (min(CHUNK_PAGES, pages - chunk * CHUNK_PAGES) + 63) >> 6
 
 
 def _any_zero(block: RamBlock) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -1,24 +1,49 @@
 """KVM's rules on 64 pages at once: stores, protection, harvest. numba kernels over the planes of one memslot.
 
 The page-at-a-time form of the same rules is vcpu.py, page_fault.py, tdp_mmu.py and dirty_log.py; a property test
-holds the two equal. All words must be settled, all pages mapped at 4K (a level-1 table is there and every leaf is
-present), and the slot logged; whoever calls sees to that. Nothing here knows of time or cost: it counts.
+holds the two equal. The slot is logged, and what a store needs above level 1 is there; whoever calls sees to that.
+`store_faulting` is the whole rule of a store; the other kernels are its common cases, and ask for settled words and
+pages that are all mapped at 4K. Nothing here knows of time or cost: it counts.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from migsim.planes import Words
-from migsim.words import ONE, ONES, ZERO, lowest_bit, popcount
+from migsim.planes import Flags, Words
+from migsim.units import CHUNK_WORDS
+from migsim.words import LOW6, ONE, ONES, ZERO, lowest_bit, popcount
 
 Ints = NDArray[np.int64]
 
 # Indices into the int64 vector of counts the kernels add to.
-PF_FAST, PML_LOGGED, REARMED, PF_FIXED, SPLITS, TABLES = range(6)
-COUNTS_LEN = 6
+# MAPPED: of the slow faults, those that mapped a page that was not. HOLDS: of mmu_lock, by CLEAR. WALKS: rmap heads
+# that CLEAR looked up for huge pages.
+PF_FAST, PML_LOGGED, REARMED, PF_FIXED, MAPPED, FLUSHES, HOLDS, WALKS = range(8)
+COUNTS_LEN = 8
+
+# What an entry of a level-2 table is to a store below it.
+EMPTY, TABLE, HUGE, HUGE_WRITABLE = range(4)
+
+
+class Leaves(NamedTuple):
+    """4K leaves of a slot as planes, see leaf_planes.LeafPlanes; `region`: uint8 a 2 MiB of the slot, as above."""
+
+    region: Flags
+    present: Words
+    present_full: Flags
+    writable: Words
+    writable_full: Flags
+    dirty: Words
+    dirty_full: Flags
+    accessed: Words
+    accessed_full: Flags
+    locked: Words  # not MMU-writable
+    locked_full: Flags
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -76,9 +101,77 @@ def store_mapped_pml(
     hits: Words, summary: Words, log: Words, log_summary: Words, writable: Words, dirty: Words, w0: int, groups: int,
     counts: Ints,
 ) -> None:  # fmt: skip
-    """The same where some leaves lack W (split from a write-protected huge page): the fast page fault comes first."""
+    """The same where some leaves lack W but are MMU-writable (split by a fault from a huge page that enabling the log
+    had write-protected): the fast page fault comes first. What CLEAR protected for INITIALLY_SET is not MMU-writable.
+    """
     store_mapped(hits, summary, log, log_summary, writable, w0, groups, counts)
     store_writable_pml(hits, summary, log, log_summary, dirty, w0, groups, counts)
+
+
+@njit(cache=True, nogil=True)
+def has_tables(hits: Words, summary: Words, region: Flags, w0: int, groups: int) -> bool:
+    """Can the stores to `hits` go on below level 2: a level-1 table, or a huge page with W, in every region hit?"""
+    for g in range(groups):
+        left = summary[g]
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
+            left &= left - ONE
+            state = region[(w0 + i) >> 3]
+            if hits[i] != ZERO and state != TABLE and state != HUGE_WRITABLE:
+                return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def store_faulting(
+    hits: Words, summary: Words, log: Words, log_summary: Words, leaves: Leaves, chunk: int, groups: int, pml: bool,
+    fast_path: bool, all_marked: bool, counts: Ints,
+) -> None:  # fmt: skip
+    """Guest stores to any pages of a chunk whose regions are as has_tables wants them; log and `locked` are settled.
+
+    `all_marked`: the chunk of the log is lazily full instead, and stays so.
+    A huge page with W takes a store silently: every page below it is marked. Else a store faults where W is clear.
+    The fast path gives W back to leaves that are present and MMU-writable; the slow one makes a new leaf (present, W,
+    D, A, MMU-writable). Both mark. Then the CPU sets D, and PML logs the page if D was clear.
+    """
+    w0, v = chunk * CHUNK_WORDS, leaves
+    all_present, all_writable = v.present_full[chunk] != 0, v.writable_full[chunk] != 0
+    all_dirty, all_accessed = v.dirty_full[chunk] != 0, v.accessed_full[chunk] != 0
+    some_locked = len(v.locked_full) > 0
+    for g in range(groups):
+        left = summary[g]
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
+            left &= left - ONE
+            at, hit = w0 + i, hits[i]
+            if v.region[at >> 3] == HUGE_WRITABLE:
+                continue
+            missing = ZERO if all_writable else hit & ~v.writable[at]
+            slow = ZERO
+            if missing != ZERO:
+                present = ONES if all_present else v.present[at]
+                fixable = present & ~v.locked[at] if some_locked else present
+                fast = missing & fixable if fast_path else ZERO
+                slow = missing & ~fast
+                v.writable[at] |= missing
+                counts[PF_FAST] += np.int64(popcount(fast))
+                counts[PF_FIXED] += np.int64(popcount(slow))
+                counts[MAPPED] += np.int64(popcount(slow & ~present))
+                if not all_present:
+                    v.present[at] |= slow
+                if not all_accessed:
+                    v.accessed[at] |= slow
+                if some_locked:
+                    v.locked[at] &= ~slow
+            clean = ZERO if all_dirty else hit & ~v.dirty[at] & ~slow
+            if not all_dirty:
+                v.dirty[at] |= hit
+            if pml:
+                counts[PML_LOGGED] += np.int64(popcount(clean))
+                missing |= clean
+            if missing != ZERO and not all_marked:
+                log[at] |= missing
+                log_summary[at >> 6] |= ONE << (np.uint64(at) & LOW6)
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -111,4 +204,5 @@ def rearm(
                 taken += _rearm_word(mask[m0 + i], log, protection, w0 + i)
                 left &= left - ONE
     counts[REARMED] += np.int64(taken)
+    counts[FLUSHES] += np.int64(taken != ZERO)
     return int(taken)

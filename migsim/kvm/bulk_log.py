@@ -95,7 +95,7 @@ class BulkKernel:
         """INITIALLY_SET left huge pages alone: split those that hold a page of `taken`, or write-protect them."""
         mmu = self._vm.mmu
         eager = self._vm.config.eager_page_split and mmu.state.vintage.eager_split
-        for first, end in _region_runs(first_word, taken):
+        for first, end in region_runs(first_word, taken):
             start, stop = slot.base_gfn + first, min(slot.base_gfn + end, slot.end_gfn)
             if eager:
                 mmu.tdp.split_slot(slot, start, stop)
@@ -103,7 +103,7 @@ class BulkKernel:
                 mmu.tdp.write_protect_gfn(slot, gfn, PG_LEVEL_2M)
 
 
-def _region_runs(first_word: int, taken: Words) -> Iterator[tuple[int, int]]:
+def region_runs(first_word: int, taken: Words) -> Iterator[tuple[int, int]]:
     """(first page, end page) of each run of neighbouring 2 MiB regions that hold a bit of `taken`."""
     lead = first_word % REGION_WORDS
     padded = np.zeros(-(-(lead + len(taken)) // REGION_WORDS) * REGION_WORDS, dtype=np.uint64)

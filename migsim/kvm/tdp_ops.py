@@ -76,7 +76,8 @@ class TdpMmu:
 
     def zap_range(self, as_id: int, start: int, end: int) -> bool:
         """Zap the leaves of gfns [start, end), in invalid roots too: a TLB may still hold what they map."""
-        zap = whole_slot.zap_leafs if whole_slot.suits(self.mmu, end - start) else zap_leafs
+        at_once = whole_slot.suits(self.mmu, end - start) and not self.mmu.vintage.zaps_tables
+        zap = whole_slot.zap_leafs if at_once else zap_leafs
         with self._write():
             flush = False
             for root in self.mmu.roots.of(as_id):
@@ -106,7 +107,8 @@ class TdpMmu:
 
     def age(self, slot: Memslot, start: int, end: int) -> bool:
         """Make old; True if one was young."""
-        age = whole_slot.age_range if self.mmu.ad_enabled and whole_slot.suits(self.mmu, end - start) else age_range
+        by_a = self.mmu.ad_enabled and not self.mmu.vintage.age_clears_dirty
+        age = whole_slot.age_range if by_a and whole_slot.suits(self.mmu, end - start) else age_range
         with self.mmu.aging_lock():
             return sum(age(self.mmu, root, start, end) for root in self.mmu.roots.valid(slot.as_id)) > 0
 

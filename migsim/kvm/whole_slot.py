@@ -27,7 +27,7 @@ Row = NDArray[np.uint64]
 
 def suits(mmu: MmuState, pages: int) -> bool:
     """Is a range large enough for these forms (and nobody wants a tracepoint for every SPTE)?"""
-    return mmu.at_once and not mmu.vintage.zaps_tables and pages >= mmu.whole_slots_min_pages
+    return mmu.at_once and pages >= mmu.whole_slots_min_pages
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
@@ -102,13 +102,14 @@ def split_range(mmu: MmuState, root: Root, start: int, end: int, target_level: i
         for entry in np.flatnonzero(huge_leafs(mmu.fmt, root.tables[row])):
             gfn = base + int(entry) * CHUNK_PAGES
             if gfn < end and gfn + CHUNK_PAGES > start:
-                _split_1g(mmu, root, row, int(entry), gfn)
+                split_1g(mmu, root, row, int(entry), gfn)
     for row, base in list(root.tables_at(PG_LEVEL_2M, start, end)):
         low, high = max(start - base, 0) // REGION_PAGES, min(-(-(end - base) // REGION_PAGES), ENTRIES)
-        _split_2m(mmu, root, root.tables[row, low:high], base + low * REGION_PAGES)
+        split_2m(mmu, root, root.tables[row, low:high], base + low * REGION_PAGES)
 
 
-def _split_1g(mmu: MmuState, root: Root, row: int, entry: int, gfn: int) -> None:
+def split_1g(mmu: MmuState, root: Root, row: int, entry: int, gfn: int) -> None:
+    """Split the 1G leaf at gfn, entry `entry` of the table in row `row`, to 512 of 2M."""
     huge = int(root.tables[row, entry])
     table = root.alloc_table(PG_LEVEL_2M, gfn)
     child = make_split_spte(mmu.fmt, huge, PG_LEVEL_1G, 0, nx_huge_pages=mmu.nx_huge_pages)
@@ -120,9 +121,13 @@ def _split_1g(mmu: MmuState, root: Root, row: int, entry: int, gfn: int) -> None
     mmu.vm.meter.count("huge_page_split")
 
 
-def _split_2m(mmu: MmuState, root: Root, entries: Row, gfn: int) -> None:
-    """Split the 2M leaves among `entries`, run by run of neighbours that differ in nothing but their frame."""
-    where = np.flatnonzero(huge_leafs(mmu.fmt, entries))
+def split_2m(mmu: MmuState, root: Root, entries: Row, gfn: int, wanted: NDArray[np.bool_] | None = None) -> None:
+    """Split the 2M leaves among `entries` (those `wanted`), run by run of neighbours that differ in their frame alone.
+
+    `gfn`: what the first entry maps.
+    """
+    huge = huge_leafs(mmu.fmt, entries)
+    where = np.flatnonzero(huge if wanted is None else huge & wanted)
     if not len(where):
         return
     frames = np.uint64(mmu.fmt.pfn((1 << 64) - 1) << PAGE_SHIFT)

@@ -1,0 +1,227 @@
+"""The fused kernels of sending: CLEAR of a chunk, then its pages. Driven by migsim.fused; see fused_kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from migsim.fused_kernels import catch_up_chunk
+from migsim.fused_views import (
+    CLEAR_CALLS,
+    NEED_4K,
+    NEED_CLOCK,
+    NEED_TABLES,
+    NOW_NS,
+    REARMED_PAGES,
+    BlockView,
+    Costs,
+    Ints,
+    SlotView,
+    Streams,
+)
+from migsim.kvm.bulk import FLUSHES, HOLDS, REARMED, WALKS, rearm
+from migsim.migration.ram_kernels import ELAPSED_PS, END_OF_SPAN, must_stop, next_dirty, save_span
+from migsim.planes import Words
+from migsim.units import CHUNK_PAGES, CHUNK_WORDS
+from migsim.words import (
+    ONE,
+    ONES,
+    SUMMARY_WORDS,
+    ZERO,
+    lowest_bit,
+    raise_summary,
+    settle_chunk,
+    settle_summed,
+    settle_zero,
+    zero_chunk,
+)
+
+
+@njit(cache=True, nogil=True)
+def taken_words(sc: int, chunk: int, slot: SlotView, block: BlockView, taken: Words) -> None:
+    """The bits that a CLEAR of the chunk with what the last GET showed will take, into `taken`."""
+    settle_summed(slot.log, slot.log_full, slot.log_summary, sc, slot.pages)
+    if slot.known_is_bmap[sc]:
+        mask, m0 = block.bmap, chunk * CHUNK_WORDS
+    else:
+        settle_summed(slot.known, slot.known_full, slot.known_summary, sc, slot.pages)
+        mask, m0 = slot.known, sc * CHUNK_WORDS
+    pages = min(CHUNK_PAGES, slot.pages - sc * CHUNK_PAGES)
+    for i in range((pages + 63) >> 6):
+        taken[i] = mask[m0 + i] & slot.log[sc * CHUNK_WORDS + i]
+
+
+@njit(cache=True, nogil=True)
+def _words_taken(mask: Words, mask_summary: Words, m0: int, log: Words, w0: int, groups: int) -> int:
+    """How many words of the log a CLEAR with `mask` takes bits from."""
+    taken = 0
+    for g in range(groups):
+        left = mask_summary[(m0 >> 6) + g]
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
+            left &= left - ONE
+            taken += mask[m0 + i] & log[w0 + i] != ZERO
+    return taken
+
+
+@njit(cache=True, nogil=True)
+def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, counts: Ints, results: Ints) -> int:
+    """CLEAR of one chunk with what the last GET showed; what it cost in ps."""
+    sc = chunk - slot.offset
+    pages = min(CHUNK_PAGES, slot.pages - sc * CHUNK_PAGES)
+    w0, groups = sc * CHUNK_WORDS, (pages + 4095) >> 12
+    counts[HOLDS] += 1
+    if slot.known_full[sc] and slot.log_full[sc]:
+        counts[WALKS] += 2 * ((pages + 63) >> 6) if slot.walks else 0
+        counts[FLUSHES] += 1
+        zero_chunk(slot.log, slot.log_full, sc)
+        for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
+            slot.log_summary[g] = slot.known_summary[g] = ZERO
+        if slot.pml:
+            settle_zero(slot.dirty, slot.dirty_full, sc)
+        else:
+            settle_zero(slot.writable, slot.writable_full, sc)
+        zero_chunk(slot.known, slot.known_full, sc)
+        counts[REARMED] += pages
+        count = pages
+    else:
+        settle_summed(slot.log, slot.log_full, slot.log_summary, sc, slot.pages)
+        if slot.pml:
+            settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
+        else:
+            settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
+        protection = slot.dirty if slot.pml else slot.writable
+        if slot.walks and slot.known_is_bmap[sc]:
+            counts[WALKS] += 2 * _words_taken(block.bmap, block.bmap_summary, chunk * CHUNK_WORDS, slot.log, w0, groups)
+        elif slot.walks:
+            settle_summed(slot.known, slot.known_full, slot.known_summary, sc, slot.pages)
+            counts[WALKS] += 2 * _words_taken(slot.known, slot.known_summary, w0, slot.log, w0, groups)
+        if slot.known_is_bmap[sc]:
+            count = rearm(
+                block.bmap, block.bmap_summary, chunk * CHUNK_WORDS, slot.log, protection, w0, groups, counts
+            )
+        else:
+            settle_summed(slot.known, slot.known_full, slot.known_summary, sc, slot.pages)
+            count = rearm(slot.known, slot.known_summary, w0, slot.log, protection, w0, groups, counts)
+            for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
+                left = slot.known_summary[g]
+                slot.known_summary[g] = ZERO
+                while left != ZERO:
+                    slot.known[(g << 6) + lowest_bit(left)] = ZERO
+                    left &= left - ONE
+    slot.known_is_bmap[sc] = 0
+    slot.reach[sc] = slot.reach[sc] != 0
+    results[REARMED_PAGES] += count
+    results[CLEAR_CALLS] += 1
+    return costs.clear_ps + count * costs.clear_page_ps
+
+
+@njit(cache=True, nogil=True)
+def _borrow(chunk: int, block: BlockView) -> None:
+    """Send a chunk that is lazily all ones from buffers: its words in the planes need never be touched."""
+    pages = min(CHUNK_PAGES, block.pages - chunk * CHUNK_PAGES)
+    whole = pages >> 6
+    for i in range(whole):
+        block.hot_bmap[i] = block.hot_stale[i] = ONES
+    for i in range(whole, CHUNK_WORDS):
+        block.hot_bmap[i] = block.hot_stale[i] = ZERO
+    if pages & 63:
+        block.hot_bmap[whole] = block.hot_stale[whole] = ONES >> np.uint64(64 - (pages & 63))
+    for g in range(SUMMARY_WORDS):
+        block.hot_summary[g] = ZERO
+    raise_summary(block.hot_summary, 0, (pages + 63) >> 6)
+    block.borrowed[0] = chunk
+
+
+@njit(cache=True, nogil=True)
+def give_back(block: BlockView) -> None:
+    """Write a borrowed chunk's words to where they belong: somebody else will look."""
+    chunk = block.borrowed[0]
+    if chunk < 0:
+        return
+    block.borrowed[0] = -1
+    block.bmap_full[chunk] = block.stale_full[chunk] = 0
+    w0 = chunk * CHUNK_WORDS
+    for i in range(min(CHUNK_WORDS, len(block.bmap) - w0)):
+        block.bmap[w0 + i] = block.hot_bmap[i]
+        block.stale[w0 + i] = block.hot_stale[i]
+    for g in range(SUMMARY_WORDS):
+        block.bmap_summary[chunk * SUMMARY_WORDS + g] = block.hot_summary[g]
+        block.stale_summary[chunk * SUMMARY_WORDS + g] = block.hot_summary[g]
+
+
+@njit(cache=True, nogil=True)
+def _send_borrowed(
+    page: int, byte_limit: int, time_limit_ps: int, block: BlockView, costs: Costs, state: Ints
+) -> tuple[int, int]:
+    """save_span over the rest of the borrowed chunk, which ends the loan when it is done."""
+    chunk = block.borrowed[0]
+    base = chunk * CHUNK_PAGES
+    pages = min(CHUNK_PAGES, block.pages - base)
+    at, why = save_span(
+        block.hot_bmap, block.hot_summary, block.hot_stale, block.zero, False, page - base, pages,
+        costs.normal_bytes, costs.zero_bytes, byte_limit, costs.normal_ps, costs.zero_ps, costs.word_ps, time_limit_ps,
+        state,
+    )  # fmt: skip
+    if why == END_OF_SPAN:
+        block.borrowed[0] = -1
+        block.bmap_full[chunk] = block.stale_full[chunk] = 0
+        for g in range(chunk * SUMMARY_WORDS, (chunk + 1) * SUMMARY_WORDS):
+            block.bmap_summary[g] = block.stale_summary[g] = ZERO
+    return base + at, why
+
+
+@njit(cache=True, nogil=True)
+def send_pages(
+    page: int, end: int, start_ns: int, change_ns: int, byte_limit: int, time_limit_ps: int, streams: Streams,
+    slot: SlotView, block: BlockView, costs: Costs, hits: Words, summary: Words, scratch: Words, state: Ints,
+    counts: Ints, results: Ints,
+) -> tuple[int, int]:  # fmt: skip
+    """Ram.save over the pages [page, end) of one memslot's part of a block; (page to go on from, why it stopped).
+
+    `start_ns` is when this call of save began, `change_ns` when the workload's rates change next; `results[NOW_NS]`
+    is the moment the streams' clocks stand at.
+    """
+    while page < end:
+        if block.borrowed[0] >= 0:
+            page, why = _send_borrowed(page, byte_limit, time_limit_ps, block, costs, state)
+            if why != END_OF_SPAN:
+                return page, why
+            continue
+        page = next_dirty(block.bmap, block.bmap_summary, block.bmap_full, page, end, costs.word_ps, state)
+        if page < 0:
+            return end, END_OF_SPAN
+        why = must_stop(state, byte_limit, time_limit_ps)
+        if why != END_OF_SPAN:
+            return page, why
+        chunk = page // CHUNK_PAGES
+        if block.clear_bmap[chunk]:
+            now = start_ns + state[ELAPSED_PS] // 1000
+            if now >= change_ns:
+                return page, NEED_CLOCK
+            for s in range(len(streams.clock)):
+                streams.clock[s] += streams.rate[s] * (now - results[NOW_NS])
+            results[NOW_NS] = now
+            if not catch_up_chunk(chunk, streams, slot, block, hits, summary, scratch, counts):
+                return page, NEED_TABLES
+            if slot.reach[chunk - slot.offset] == 1:
+                return page, NEED_4K
+            block.clear_bmap[chunk] = 0
+            state[ELAPSED_PS] += _clear_chunk(chunk, slot, block, costs, counts, results)
+        has_zero = block.zero_any[chunk] != 0
+        virgin = block.bmap_full[chunk] == 2 and block.stale_full[chunk] == 2
+        if virgin and not has_zero and page == chunk * CHUNK_PAGES and page + CHUNK_PAGES <= end:
+            _borrow(chunk, block)
+            continue
+        settle_summed(block.bmap, block.bmap_full, block.bmap_summary, chunk, block.pages)
+        settle_summed(block.stale, block.stale_full, block.stale_summary, chunk, block.pages)
+        if has_zero:
+            settle_chunk(block.zero, block.zero_full, chunk, block.pages)
+        stop = min(end, (chunk + 1) * CHUNK_PAGES)
+        page, why = save_span(
+            block.bmap, block.bmap_summary, block.stale, block.zero, has_zero, page, stop, costs.normal_bytes,
+            costs.zero_bytes, byte_limit, costs.normal_ps, costs.zero_ps, costs.word_ps, time_limit_ps, state,
+        )  # fmt: skip
+        if why != END_OF_SPAN:
+            return page, why
+    return end, END_OF_SPAN
