@@ -36,7 +36,7 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "explain": ("commands.explain", "why a run ended as it did"),
     "qmp": ("commands.qmp", "a scenario behind a QMP socket"),
     "report": ("commands.report", "a result as one HTML file"),
-    "bench": ("bench", "how fast the emulator is here"),
+    "bench": ("bench.command", "how fast the emulator is here, against what it should reach"),
 }  # fmt: skip
 
 

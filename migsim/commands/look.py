@@ -51,8 +51,8 @@ def free_memory() -> int:
 
 def compiled() -> bool:
     """Are there compiled kernels from an earlier run? Without them the first run compiles for some seconds."""
-    places = [Path(place) for place in (os.environ.get("NUMBA_CACHE_DIR"), _PACKAGE) if place]
-    return os.environ.get("NUMBA_DISABLE_JIT") == "1" or any(any(place.rglob("*.nbi")) for place in places)
+    place = Path(os.environ.get("NUMBA_CACHE_DIR") or _PACKAGE)  # numba looks nowhere else
+    return os.environ.get("NUMBA_DISABLE_JIT") == "1" or any(place.rglob("*.nbi"))
 
 
 def _group_room() -> int | None:
