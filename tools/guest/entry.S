@@ -17,8 +17,8 @@ enter:
         .balign 8
 descriptors:
         .quad   0x0000000000000000
-        .quad   0x00cf9a000000ffff      /* 0x08: code, base 0, limit 4 GiB */
-        .quad   0x00cf92000000ffff      /* 0x10: data, base 0, limit 4 GiB */
+        .quad   0x00cf9b000000ffff      /* 0x08: code, base 0, limit 4 GiB; accessed already, */
+        .quad   0x00cf93000000ffff      /* 0x10: data; for the CPU cannot write that bit here */
 descriptor_table_register:
         .word   . - descriptors - 1
         .long   descriptors
