@@ -17,8 +17,8 @@ TYPES = {"units", "quantities", "scenario", "result"}
 KVM = GUEST | {"guest"}
 ENGINE = KVM | {"kvm", "migration", "perf", "scenario", "result", "quantities"}
 ASSEMBLY = {
-    "fused", "fused_kernels", "world", "qemu_costs", "qemu_options", "host_costs", "verdict", "expectation",
-    "simulation",
+    "fused", "fused_kernels", "fused_send", "fused_views", "world", "qemu_costs", "qemu_options",
+    "host_costs", "verdict", "expectation", "simulation",
 }  # fmt: skip
 MAY: dict[str, set[str]] = {
     "units": set(),

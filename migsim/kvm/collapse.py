@@ -11,12 +11,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from migsim.kvm.host_mm import DATA_PFNS, TABLE_PFN_BASE
 from migsim.kvm.leaf_planes import LeafPlanes
 from migsim.kvm.levels import max_mapping_level
 from migsim.kvm.make_spte import make_huge_spte
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
-from migsim.kvm.paging import present_entries
+from migsim.kvm.paging import huge_leafs, present_entries
 from migsim.kvm.plane_ranges import erase_range
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import ENTRIES, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
@@ -32,12 +33,17 @@ Regions = NDArray[np.int64]
 def collapse_slot(mmu: MmuState, root: Root, slot: Memslot) -> bool:
     """What ending the log does to one root, in the vintage's form. True: one flush of the slot is due."""
     form = mmu.vintage.disable
+    if form == "zap-nothing" and suits(mmu, slot.npages):
+        return False
     if form not in ("recover", "zap-tables") or not _suits(mmu, root, slot):
         return DISABLE_FORMS[form](mmu, root, slot)
     planes, flush = root.leaf[slot.id], False
     for row, base in list(root.tables_at(PG_LEVEL_2M, slot.base_gfn, slot.end_gfn)):
         if _whole_gib(mmu, slot, base):
-            flush = DISABLE_FORMS[form](mmu, root, _Part(slot, base)) or flush  # type: ignore[arg-type]
+            if form == "recover":
+                flush = _recover_gib(mmu, root, planes, row, base) or flush
+            else:
+                flush = DISABLE_FORMS[form](mmu, root, _Part(slot, base)) or flush  # type: ignore[arg-type]
             continue
         which = _collapsible(mmu, slot, root.tables[row], base)
         if form == "recover":
@@ -64,11 +70,82 @@ def _suits(mmu: MmuState, root: Root, slot: Memslot) -> bool:
 
 
 class _Part:
-    """One GiB of a slot, for the page-by-page form: a 1G page is rebuilt from its first leaf, found at once."""
+    """One GiB of a slot, for the page-by-page form."""
 
     def __init__(self, slot: Memslot, base: int) -> None:
         self.base_gfn, self.end_gfn = base, base + CHUNK_PAGES
         self.hva, self.arch = slot.hva, slot.arch
+
+
+def _recover_gib(mmu: MmuState, root: Root, planes: LeafPlanes, row: int, base: int) -> bool:
+    """recover_huge_pages for a level-2 table whose whole range may be one 1G page; False: nothing is mapped there."""
+    small = _first_leaf(mmu, planes, root.tables[row], base)
+    if small is None:
+        return False
+    above = next(at for at, _, level in root.walk(base) if level == PG_LEVEL_1G)
+    huge = huge_leafs(mmu.fmt, root.tables[row])
+    tables = np.flatnonzero(present_entries(mmu.fmt, root.tables[row]) & ~huge)
+    table_sptes = np.append(root.tables[row, tables], np.uint64(root.read(above)))
+    root.write(above, make_huge_spte(mmu.fmt, small, PG_LEVEL_1G, nx_huge_pages=False))
+    mmu.vm.meter.count("spte_cmpxchg")
+    mmu.stats.update_page_stats(PG_LEVEL_1G, 1)
+    mmu.stats.update_page_stats(PG_LEVEL_2M, -int(huge.sum()))
+    _drop_tables(mmu, root, planes, base, tables, table_sptes)
+    root.free_table(TABLE_PFN_BASE + row)
+    return True
+
+
+def _first_leaf(mmu: MmuState, planes: LeafPlanes, entries: NDArray[np.uint64], base: int) -> int | None:
+    """The first present leaf below a level-2 table over one GiB, of 2M or of 4K."""
+    index = base - planes.base_gfn
+    huge = np.flatnonzero(huge_leafs(mmu.fmt, entries))
+    words = np.flatnonzero(planes.present.slice_words(index, CHUNK_PAGES))
+    if len(huge) and (not len(words) or int(huge[0]) * _REGION_WORDS < int(words[0])):
+        return int(entries[huge[0]])
+    if not len(words):
+        return None
+    first = index + int(words[0]) * WORD_BITS
+    return planes.compose(next(i for i in range(first, first + WORD_BITS) if planes.present.get(i)))
+
+
+def zap_small_leafs(mmu: MmuState, root: Root, slot: Memslot) -> int:
+    """The shadow MMU's form: leaves that could be mapped larger go, their tables stay; returns how many went."""
+    planes, zapped = root.leaf[slot.id], 0
+    for row, base in list(root.tables_at(PG_LEVEL_2M, slot.base_gfn, slot.end_gfn)):
+        entries = root.tables[row]
+        allowed = _max_levels(mmu, slot, base)
+        huge = huge_leafs(mmu.fmt, entries)
+        small = np.flatnonzero(present_entries(mmu.fmt, entries) & ~huge & (allowed >= PG_LEVEL_2M))
+        for first, count in _runs(small) if len(small) else ():
+            at = base - planes.base_gfn + first * REGION_PAGES
+            gone = erase_range(planes, at, count * REGION_PAGES)
+            mmu.stats.update_page_stats(PG_LEVEL_4K, -gone)
+            zapped += gone
+        huge &= allowed >= PG_LEVEL_1G
+        entries[huge] = mmu.fmt.nonpresent
+        mmu.stats.update_page_stats(PG_LEVEL_2M, -int(huge.sum()))
+        zapped += int(huge.sum())
+    return zapped
+
+
+def _max_levels(mmu: MmuState, slot: Memslot, base: int) -> Regions:
+    """levels.max_mapping_level of each 2 MiB of one GiB; 0 outside the slot."""
+    out = np.zeros(ENTRIES, dtype=np.int64)
+    low, high = max(base, slot.base_gfn) >> 9, min(base + CHUNK_PAGES, slot.end_gfn) - 1 >> 9
+    first, count = low - (slot.base_gfn >> 9), high + 1 - low
+    whole = slot.arch.counts[PG_LEVEL_2M][first : first + count] == 0
+    allowed = np.where(whole, PG_LEVEL_2M, PG_LEVEL_4K)
+    if not slot.arch.disallow_lpage(max(base, slot.base_gfn), PG_LEVEL_1G):
+        allowed[:] = PG_LEVEL_1G
+    start = max(low << 9, slot.base_gfn)
+    of_host = mmu.vm.host.uniform_level(slot.hva(start), min(count * REGION_PAGES, slot.end_gfn - start) << PAGE_SHIFT)
+    if of_host is None:
+        gfns = np.maximum(np.arange(low, high + 1) << 9, slot.base_gfn).tolist()
+        allowed = np.minimum(allowed, [mmu.vm.host.level(slot.hva(gfn)) for gfn in gfns])
+    else:
+        allowed = np.minimum(allowed, of_host)
+    out[low - (base >> 9) : high + 1 - (base >> 9)] = allowed
+    return out
 
 
 def _whole_gib(mmu: MmuState, slot: Memslot, base: int) -> bool:
@@ -109,7 +186,7 @@ def _first_leafs(planes: LeafPlanes, which: Regions, base: int) -> tuple[Regions
     sptes = np.full(len(page), planes.constant | 1 | fmt.exec | fmt.host_writable | fmt.mmu_writable, dtype=np.uint64)
     for plane, bit in ((planes.writable, fmt.writable), (planes.dirty, fmt.dirty), (planes.accessed, fmt.accessed)):
         sptes |= np.where(_bits(plane, page), np.uint64(bit), np.uint64(0))
-    frames = np.array([planes.pfn(int(i)) for i in at], dtype=np.uint64)
+    frames = ((planes.hva >> PAGE_SHIFT) + at & DATA_PFNS - 1).astype(np.uint64)  # no exceptions: see _suits
     return which, sptes | frames << np.uint64(PAGE_SHIFT)
 
 

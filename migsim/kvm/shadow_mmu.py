@@ -12,6 +12,7 @@ from typing import Final
 
 from migsim.kvm import whole_slot
 from migsim.kvm.changed_spte import handle_changed_spte
+from migsim.kvm.collapse import zap_small_leafs
 from migsim.kvm.levels import PageFault, max_mapping_level
 from migsim.kvm.make_spte import change_pfn, make_spte, mark_for_access_track
 from migsim.kvm.memslot import Memslot
@@ -23,7 +24,7 @@ from migsim.kvm.shadow_pages import ShadowPage, ShadowPages
 from migsim.kvm.spte import ACC_ALL, ENTRIES, MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K
 from migsim.kvm.tdp_mmu import RetPf, mark_made_writable, tdp_mmu_map
 from migsim.kvm.zap import zap_root
-from migsim.units import WORD_BITS, pages_per_level
+from migsim.units import REGION_PAGES, WORD_BITS, pages_per_level
 
 PTE_PREFETCH: Final = 8
 BATCH_ZAP_PAGES: Final = 10
@@ -196,6 +197,10 @@ class ShadowMmu:
             return False
         changed = False
         with self._write():
+            if whole_slot.suits(self.mmu, slot.npages) and not len(self.rmap) and slot.base_gfn % REGION_PAGES == 0:
+                zapped = sum(zap_small_leafs(self.mmu, root, slot) for root in self.mmu.roots.valid(slot.as_id))
+                self.mmu.vm.meter.count("rmap_walk", zapped)
+                return zapped > 0
             for level in (PG_LEVEL_4K, PG_LEVEL_2M):
                 span = pages_per_level(level)
                 for root in self.mmu.roots.valid(slot.as_id):
