@@ -42,9 +42,9 @@ from migsim.guest.workload import Workload
 from migsim.kvm.bulk import COUNTS_LEN, Leaves
 from migsim.migration.ram import BlockState, KvmSlot, Ram, Saved, SaveLimits
 from migsim.migration.ram_kernels import DUPLICATE, ELAPSED_PS, END_OF_SPAN, NORMAL, STATE_LEN, USED, next_dirty
-from migsim.planes import Plane, Words, summary_of_ones
+from migsim.planes import Flags, Plane, Words, summary_of_ones
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, chunks_of
-from migsim.words import SUMMARY_WORDS
+from migsim.words import SUMMARY_WORDS, entry_of
 
 NEVER_NS = 1 << 62
 
@@ -112,6 +112,7 @@ class FusedRam(Ram):
         self.streams = Streams(w.law, w.first, w.end, w.clock, w.rate, w.seen, w.visits, w.seed_key)
         self._kvm_slots, self._verify = kvm_slots, verify
         self._extents: list[list[Extent]] = []
+        self._send_pages: Callable[..., tuple[int, int]] = send_pages
         self._loans: dict[int, tuple[Ints, Words, Words, Words]] = {}
         self.scratch = [(_buffer(), _buffer()[:SUMMARY_WORDS], _buffer()) for _ in range(threads)]
         self.lock = Lock()
@@ -138,10 +139,9 @@ class FusedRam(Ram):
         _summarise(kvm.log, sums[0])
         truth_sum = summary_of_ones(block.pages) if verify else state.bmap_summary
         slot = SlotView(
-            pages, first // CHUNK_PAGES, kvm.log.words, sums[0], kvm.log.full, kvm.writable.words, kvm.writable.full,
-            kvm.dirty.words, kvm.dirty.full, kvm.present.words, kvm.present.full, kvm.leaves, kvm.tabled, kvm.reach,
-            known.words, sums[1], known.full, np.zeros(chunks_of(pages), dtype=np.uint8), kvm.pml, kvm.fast_path,
-            kvm.plain, kvm.silent, kvm.walks, self.lazy_clear,
+            pages, first // CHUNK_PAGES, kvm.log.words, sums[0], kvm.log.full, kvm.leaves, kvm.tabled, kvm.reach,
+            known.words, sums[1], known.full, _flags(pages), _flags(pages), kvm.pml, kvm.fast_path, kvm.plain,
+            kvm.silent, kvm.walks, self.lazy_clear,
         )  # fmt: skip
         view = BlockView(
             block.pages, block.first_page, block.first_chunk, bmap.words, state.bmap_summary, bmap.full,
@@ -268,7 +268,7 @@ class FusedRam(Ram):
         while True:
             results[NOW_NS] = self.workload.now_ns
             change = self.workload.next_change_ns()
-            page, why = send_pages(
+            page, why = self._send_pages(
                 self.page, extent.end, start_ns, NEVER_NS if change is None else change, limits.bytes, limits.ps,
                 self.streams, extent.slot, extent.block, costs, hits, summary, scratch, state, counts,
                 results,
@@ -283,6 +283,7 @@ class FusedRam(Ram):
                 self._store_hits(extent, self.page // CHUNK_PAGES, hits, summary, counts)
             else:
                 break
+        self._send_pages = entry_of(send_pages)
         results[NOW_NS] = 0
         self._add(extent, counts, results)
         return int(why)
@@ -320,6 +321,10 @@ class FusedRam(Ram):
     def bits_verified(self) -> int:
         """Bits of the log held against the ground truth so far."""
         return int(self.results[BITS])
+
+
+def _flags(pages: int) -> Flags:
+    return np.zeros(chunks_of(pages), dtype=np.uint8)
 
 
 def _buffer() -> Words:

@@ -77,9 +77,9 @@ def _all_present(hits: Words, summary: Words, present: Words, w0: int, groups: i
 def store_chunk(sc: int, groups: int, slot: SlotView, hits: Words, summary: Words, counts: Ints) -> bool:
     """Push `hits` through the MMU; False if there are tables to be made first (nothing is done then)."""
     w0 = sc * CHUNK_WORDS
-    all_present = slot.present_full[sc] != 0
+    all_present = slot.leaves.present_full[sc] != 0
     plain = slot.plain and slot.tabled[sc] != 0
-    if not plain or not (all_present or _all_present(hits, summary, slot.present, w0, groups)):
+    if not plain or not (all_present or _all_present(hits, summary, slot.leaves.present, w0, groups)):
         if slot.tabled[sc] == 0 and not has_tables(hits, summary, slot.leaves.region, w0, groups):
             return False
         if len(slot.leaves.locked_full):
@@ -91,17 +91,17 @@ def store_chunk(sc: int, groups: int, slot: SlotView, hits: Words, summary: Word
         return True
     settle_summed(slot.log, slot.log_full, slot.log_summary, sc, slot.pages)
     if slot.pml:
-        settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
-        if slot.writable_full[sc]:
-            store_writable_pml(hits, summary, slot.log, slot.log_summary, slot.dirty, w0, groups, counts)
+        settle_chunk(slot.leaves.dirty, slot.leaves.dirty_full, sc, slot.pages)
+        if slot.leaves.writable_full[sc]:
+            store_writable_pml(hits, summary, slot.log, slot.log_summary, slot.leaves.dirty, w0, groups, counts)
             return True
-    settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
+    settle_chunk(slot.leaves.writable, slot.leaves.writable_full, sc, slot.pages)
     if slot.pml:
         store_mapped_pml(
-            hits, summary, slot.log, slot.log_summary, slot.writable, slot.dirty, w0, groups, counts
+            hits, summary, slot.log, slot.log_summary, slot.leaves.writable, slot.leaves.dirty, w0, groups, counts
         )
     else:
-        store_mapped(hits, summary, slot.log, slot.log_summary, slot.writable, w0, groups, counts)
+        store_mapped(hits, summary, slot.log, slot.log_summary, slot.leaves.writable, w0, groups, counts)
     return True
 
 
@@ -132,6 +132,11 @@ def harvest_chunk(chunk: int, slot: SlotView, block: BlockView, results: Ints) -
         _check(chunk, (pages + 4095) >> 12, block, results)
     if not slot.manual:
         _take_all(sc, (pages + 4095) >> 12, slot, results)
+    some = ZERO
+    for g in range(SUMMARY_WORDS):
+        some |= slot.log_summary[sc * SUMMARY_WORDS + g] | slot.known_summary[sc * SUMMARY_WORDS + g]
+        some |= block.bmap_summary[chunk * SUMMARY_WORDS + g] | block.stale_summary[chunk * SUMMARY_WORDS + g]
+    slot.quiet[sc] = some == ZERO
 
 
 @njit(cache=True, nogil=True)
@@ -199,10 +204,10 @@ def _check(chunk: int, groups: int, block: BlockView, results: Ints) -> None:
 def _take_all(sc: int, groups: int, slot: SlotView, results: Ints) -> None:
     """GET without manual protection: the bits just copied leave the log and their pages are protected."""
     if slot.pml:
-        settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
+        settle_chunk(slot.leaves.dirty, slot.leaves.dirty_full, sc, slot.pages)
     else:
-        settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
-    protection = slot.dirty if slot.pml else slot.writable
+        settle_chunk(slot.leaves.writable, slot.leaves.writable_full, sc, slot.pages)
+    protection = slot.leaves.dirty if slot.pml else slot.leaves.writable
     taken = ZERO
     for g in range(groups):
         s = sc * SUMMARY_WORDS + g
@@ -225,10 +230,26 @@ def sync_chunks(
 ) -> int:  # fmt: skip
     """Sync chunks [begin, end) of the block; the first one whose stores have to be made page by page, or `end`."""
     for chunk in range(begin, end):
+        quiet = slot.quiet[chunk - slot.offset]
+        if quiet and _unwritten(chunk, streams.first, streams.end, block.first_page, block.pages):
+            block.clear_bmap[chunk] = slot.manual
+            results[BITS] += min(CHUNK_PAGES, block.pages - chunk * CHUNK_PAGES)
+            continue
         if not catch_up_chunk(chunk, streams, slot, block, hits, summary, scratch, counts):
             return chunk
         harvest_chunk(chunk, slot, block, results)
     return end
+
+
+@njit(cache=True, nogil=True)
+def _unwritten(chunk: int, first: Ints, end: Ints, first_page: int, pages: int) -> bool:
+    """Does no stream ever write to the chunk?"""
+    base = first_page + chunk * CHUNK_PAGES
+    stop = min(base + CHUNK_PAGES, first_page + pages)
+    writers = 0
+    for s in range(len(first)):
+        writers += first[s] < stop and end[s] > base
+    return writers == 0
 
 
 @njit(cache=True, nogil=True)

@@ -78,19 +78,19 @@ def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, cou
         for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
             slot.log_summary[g] = slot.known_summary[g] = ZERO
         if slot.pml:
-            settle_zero(slot.dirty, slot.dirty_full, sc)
+            settle_zero(slot.leaves.dirty, slot.leaves.dirty_full, sc)
         else:
-            settle_zero(slot.writable, slot.writable_full, sc)
+            settle_zero(slot.leaves.writable, slot.leaves.writable_full, sc)
         zero_chunk(slot.known, slot.known_full, sc)
         counts[REARMED] += pages
         count = pages
     else:
         settle_summed(slot.log, slot.log_full, slot.log_summary, sc, slot.pages)
         if slot.pml:
-            settle_chunk(slot.dirty, slot.dirty_full, sc, slot.pages)
+            settle_chunk(slot.leaves.dirty, slot.leaves.dirty_full, sc, slot.pages)
         else:
-            settle_chunk(slot.writable, slot.writable_full, sc, slot.pages)
-        protection = slot.dirty if slot.pml else slot.writable
+            settle_chunk(slot.leaves.writable, slot.leaves.writable_full, sc, slot.pages)
+        protection = slot.leaves.dirty if slot.pml else slot.leaves.writable
         if slot.walks and slot.known_is_bmap[sc]:
             counts[WALKS] += 2 * _words_taken(block.bmap, block.bmap_summary, chunk * CHUNK_WORDS, slot.log, w0, groups)
         elif slot.walks:

@@ -42,19 +42,14 @@ class SlotView(NamedTuple):
     log: Words
     log_summary: Words
     log_full: Flags
-    writable: Words
-    writable_full: Flags
-    dirty: Words
-    dirty_full: Flags
-    present: Words
-    present_full: Flags
-    leaves: Leaves  # these and the rarer planes, and what maps each 2 MiB
+    leaves: Leaves  # the planes of its SPTEs, and what maps each 2 MiB
     tabled: Flags  # the chunk has a level-1 table everywhere: its planes tell everything
     reach: Flags  # CLEAR has to do something about huge pages of the chunk first (2: it has, this time)
     known: Words
     known_summary: Words
     known_full: Flags
     known_is_bmap: Flags  # the last GET of the chunk equals the block's bitmap, so `known` was not written
+    quiet: Flags  # nothing of the chunk is marked anywhere, and nothing differs
     pml: bool
     fast_path: bool  # the MMU repairs write protection without the slow path
     plain: bool  # it does, and may so for every leaf

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 from numba import njit
@@ -45,6 +48,18 @@ else:
             return builder.cttz(args[0], context.get_constant(types.boolean, True))
 
         return types.int64(types.uint64), codegen
+
+
+
+
+def entry_of(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled code of a kernel that was compiled for one set of argument types, else the kernel itself.
+
+    Calling it skips numba's look-up of the types, which for a hundred arrays takes longer than most calls need. The
+    caller must go on passing the same types.
+    """
+    compiled = list(getattr(kernel, "overloads", {}).values())
+    return compiled[0].entry_point if len(compiled) == 1 else kernel
 
 
 # Summaries: bit j of word g of a plane's summary says "word 64 g + j of the plane may be non-zero", so that sparse
