@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from migsim.scenario import ScenarioError
@@ -67,22 +68,25 @@ def measure(
     from migsim.bench.table import ROWS, Missing, Report, judged
 
     found: dict[str, Measured | str] = {}
+    seconds: dict[str, float] = {}
     for group, step in _measures(quick, corpus).items():
         names = [spec.name for spec in specs if spec.group == group]
         if not names:
             continue
         if told is not None:
             told(group)
+        began = perf_counter()
         try:
             found |= step()
         except Missing as reason:
             found |= dict.fromkeys(names, str(reason))
+        seconds[group] = round(perf_counter() - began, 3)
     chosen = {spec.name for spec in specs}
     rows = (
         judged(spec, found[spec.name] if spec.name in chosen else "not asked for (--only)", quick=quick)
         for spec in ROWS
     )
-    return Report(quick=quick, machine=_machine(), rows=tuple(rows))
+    return Report(quick=quick, machine=_machine(), seconds=seconds, rows=tuple(rows))
 
 
 def _measures(quick: bool, corpus: str | None) -> dict[str, Measure]:
@@ -128,7 +132,8 @@ def _deliver(report: Report, shown: Sequence[Row], path: str | None) -> None:
 def _closing(report: Report, shown: Sequence[Row]) -> Iterator[str]:
     met, missed = (sum(row.met is verdict for row in shown) for verdict in (True, False))
     machine = report.machine
-    yield f"{met} met, {missed} missed, {len(shown) - met - missed} not judged."
+    took = sum(report.seconds.values())
+    yield f"{met} met, {missed} missed, {len(shown) - met - missed} not judged; measured in {took:.0f} s."
     yield f"{machine['cpus']} CPUs ({machine['cpu']}), load {machine['load']:.1f}, Python {machine['python']}."
 
 

@@ -87,6 +87,9 @@ def _sync_ns(source: Source, log: Words, bmap: Words) -> tuple[int, int]:
             _put(log[base : base + n], at.slot.log, at.slot.log_summary, slice(0, n))
             _put(bmap[base : base + n], at.block.bmap, at.block.bmap_summary, here)
             at.slot.log_full[:] = 0
+            hints = getattr(at.slot, "quiet", None)  # "nothing is set here": no longer true
+            if hints is not None:
+                hints[:] = 0
             base += n
         side[0].block.bmap_full[:] = 0
     return timed_ns(lambda: found.append(source.ram.sync())), found[0]

@@ -43,9 +43,9 @@ ROWS: Final[tuple[Spec, ...]] = (
     Spec("kvm-clear", "kvm-clear", "real KVM_CLEAR_DIRTY_LOG / the emulated ioctl", 50, "at-least"),
     Spec("kvm-clear-fused", "kvm-clear", "real KVM_CLEAR_DIRTY_LOG / as the runs do it", 50, "at-least"),
     Spec("sparse-round", "sparse-round", "round at dirty density 1e-4 / dense round", 0.1),
-    Spec("double-time", "runs", "24 TiB run / 12 TiB run, time", 2.1, full_size=True),
+    Spec("double-time", "runs", "24 TiB run / 12 TiB run, CPU time", 2.1, full_size=True),
     Spec("double-memory", "runs", "24 TiB run / 12 TiB run, peak RSS", 2.0, full_size=True),
-    Spec("oracle", "runs", "ground truth on / off, time", 1.5),
+    Spec("oracle", "runs", "ground truth on / off, CPU time", 1.5),
     Spec("pyroaring", "pyroaring", "harvest, OR, popcount / pyroaring, worst density", 1.2),
     Spec("help", "help", "migsim --help", 200, unit="ms"),
     Spec("compile", "compile", "first run after install: compiling", 15, unit="s"),
@@ -83,11 +83,12 @@ class Row(Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 class Report(Struct, frozen=True, kw_only=True, rename="kebab"):
-    """All rows, and the machine they were measured on."""
+    """All rows, the machine they were measured on, and how long each group took to measure."""
 
     format: int = 1
     quick: bool
     machine: dict[str, Any]
+    seconds: dict[str, float]
     rows: tuple[Row, ...]
 
 
