@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from migsim.fused_kernels import catch_up_chunks, harvest_chunk, store_chunk, sync_chunks
-from migsim.fused_send import give_back, send_pages, taken_words
+from migsim.fused_send import close_chunk, send_pages, taken_words
 from migsim.fused_views import (
     BITS,
     CLEAR_CALLS,
@@ -113,7 +113,7 @@ class FusedRam(Ram):
         self._kvm_slots, self._verify = kvm_slots, verify
         self._extents: list[list[Extent]] = []
         self._send_pages: Callable[..., tuple[int, int]] = send_pages
-        self._loans: dict[int, tuple[Ints, Words, Words, Words]] = {}
+        self._open_chunks = {state.block.idstr: np.array([-1, 0]) for state in self.blocks}
         self.scratch = [(_buffer(), _buffer()[:SUMMARY_WORDS], _buffer()) for _ in range(threads)]
         self.lock = Lock()
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -146,22 +146,14 @@ class FusedRam(Ram):
         view = BlockView(
             block.pages, block.first_page, block.first_chunk, bmap.words, state.bmap_summary, bmap.full,
             state.clear_bmap, truth.words, truth_sum, truth.full, block.zero.words, block.zero.full, _any_zero(block),
-            verify, *self._hot(state, verify),
+            verify, self._open_chunks[state.block.idstr],
         )  # fmt: skip
         return Extent(kvm, slot, view, first, first + pages)
 
-    def _hot(self, state: BlockState, verify: bool) -> tuple[Ints, Words, Words, Words]:
-        """The loan of a block, shared by its extents: which chunk, and buffers for its bmap, summary and stale."""
-        index = self.blocks.index(state)
-        if index not in self._loans:
-            bmap = _buffer()
-            self._loans[index] = (np.full(1, -1), bmap, _buffer()[:SUMMARY_WORDS], _buffer() if verify else bmap)
-        return self._loans[index]
-
-    def _return_loans(self) -> None:
+    def _close_chunks(self) -> None:
         for side in self.extents:
             for extent in side[:1]:
-                give_back(extent.block)
+                close_chunk(extent.block)
 
     def costs_now(self) -> Costs:
         """The kernels' form of the costs in force."""
@@ -174,7 +166,7 @@ class FusedRam(Ram):
 
     def sync(self) -> int:
         """Every slot's GET and merge, chunk by chunk, over the threads; results do not depend on how many."""
-        self._return_loans()
+        self._close_chunks()
         before = int(self.results[NEW])
         for side in self.extents:
             for extent in side:
@@ -283,7 +275,8 @@ class FusedRam(Ram):
                 self._store_hits(extent, self.page // CHUNK_PAGES, hits, summary, counts)
             else:
                 break
-        self._send_pages = entry_of(send_pages)
+        if self._send_pages is send_pages:
+            self._send_pages = entry_of(send_pages)
         results[NOW_NS] = 0
         self._add(extent, counts, results)
         return int(why)
@@ -296,7 +289,7 @@ class FusedRam(Ram):
 
     def catch_up(self) -> None:
         """Let every write the guest has made happen: the oracle is an observer too."""
-        self._return_loans()
+        self._close_chunks()
         hits, summary, scratch = self.scratch[0]
         for extent in (extent for side in self.extents for extent in side):
             counts = np.zeros(COUNTS_LEN, dtype=np.int64)
@@ -314,7 +307,7 @@ class FusedRam(Ram):
 
     def lost(self) -> tuple[int, int]:
         """(pages found lost at a sync so far, one of them or -1)."""
-        self._return_loans()
+        self._close_chunks()
         return int(self.results[LOST]), int(self.results[FIRST_LOST])
 
     @property

@@ -156,18 +156,22 @@ def _merge(chunk: int, sc: int, groups: int, slot: SlotView, block: BlockView) -
     for g in range(groups):
         s, b = sc * SUMMARY_WORDS + g, chunk * SUMMARY_WORDS + g
         left = slot.log_summary[s] | block.bmap_summary[b]
-        block.bmap_summary[b] = left
+        marked = logged = ZERO  # words that turn out to be non-zero
         while left != ZERO:
+            low = left & (~left + ONE)
             i = (g << 6) + lowest_bit(left)
-            left &= left - ONE
+            left ^= low
             log = slot.log[sc * CHUNK_WORDS + i]
             have = block.bmap[chunk * CHUNK_WORDS + i]
             rest |= have & ~log
             new += popcount(log & ~have)
             if log & ~have:
                 block.bmap[chunk * CHUNK_WORDS + i] = have | log
-            if log == ZERO:
-                slot.log_summary[s] &= ~(ONE << (np.uint64(i) & LOW6))
+            if log != ZERO:
+                logged |= low
+            if have | log:
+                marked |= low
+        slot.log_summary[s], block.bmap_summary[b] = logged, marked
     slot.known_is_bmap[sc] = rest == ZERO
     if rest == ZERO:
         return int(new)

@@ -20,10 +20,22 @@ from migsim.fused_views import (
     Streams,
 )
 from migsim.kvm.bulk import FLUSHES, HOLDS, REARMED, WALKS, rearm
-from migsim.migration.ram_kernels import ELAPSED_PS, END_OF_SPAN, must_stop, next_dirty, save_span
+from migsim.migration.ram_kernels import (
+    ELAPSED_PS,
+    END_OF_SPAN,
+    NORMAL,
+    TURNS,
+    TURNS_PER_CLOCK_CHECK,
+    USED,
+    WAS_STALE,
+    must_stop,
+    next_dirty,
+    save_span,
+)
 from migsim.planes import Words
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS
 from migsim.words import (
+    LOW6,
     ONE,
     ONES,
     SUMMARY_WORDS,
@@ -116,59 +128,70 @@ def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, cou
     return costs.clear_ps + count * costs.clear_page_ps
 
 
-@njit(cache=True, nogil=True)
-def _borrow(chunk: int, block: BlockView) -> None:
-    """Send a chunk that is lazily all ones from buffers: its words in the planes need never be touched."""
-    pages = min(CHUNK_PAGES, block.pages - chunk * CHUNK_PAGES)
-    whole = pages >> 6
-    for i in range(whole):
-        block.hot_bmap[i] = block.hot_stale[i] = ONES
-    for i in range(whole, CHUNK_WORDS):
-        block.hot_bmap[i] = block.hot_stale[i] = ZERO
-    if pages & 63:
-        block.hot_bmap[whole] = block.hot_stale[whole] = ONES >> np.uint64(64 - (pages & 63))
-    for g in range(SUMMARY_WORDS):
-        block.hot_summary[g] = ZERO
-    raise_summary(block.hot_summary, 0, (pages + 63) >> 6)
-    block.borrowed[0] = chunk
+# A chunk that is lazily all ones and is sent from its first page on needs no words at all while that goes on: what is
+# left of it is known by one number. `block.open` holds (chunk, first page of it not sent yet), or -1.
 
 
 @njit(cache=True, nogil=True)
-def give_back(block: BlockView) -> None:
-    """Write a borrowed chunk's words to where they belong: somebody else will look."""
-    chunk = block.borrowed[0]
+def close_chunk(block: BlockView) -> None:
+    """Write what is left of the open chunk into the planes: somebody else will look."""
+    chunk, at = block.open[0], block.open[1]
     if chunk < 0:
         return
-    block.borrowed[0] = -1
+    block.open[0] = -1
+    w0, s0, first = chunk * CHUNK_WORDS, chunk * SUMMARY_WORDS, at >> 6
     block.bmap_full[chunk] = block.stale_full[chunk] = 0
-    w0 = chunk * CHUNK_WORDS
-    for i in range(min(CHUNK_WORDS, len(block.bmap) - w0)):
-        block.bmap[w0 + i] = block.hot_bmap[i]
-        block.stale[w0 + i] = block.hot_stale[i]
-    for g in range(SUMMARY_WORDS):
-        block.bmap_summary[chunk * SUMMARY_WORDS + g] = block.hot_summary[g]
-        block.stale_summary[chunk * SUMMARY_WORDS + g] = block.hot_summary[g]
+    for g in range(s0, s0 + SUMMARY_WORDS):
+        block.bmap_summary[g] = block.stale_summary[g] = ZERO
+    raise_summary(block.bmap_summary, w0 + first, w0 + CHUNK_WORDS)
+    raise_summary(block.stale_summary, w0 + first, w0 + CHUNK_WORDS)
+    for i in range(w0, w0 + first):
+        block.bmap[i] = block.stale[i] = ZERO
+    block.bmap[w0 + first] = block.stale[w0 + first] = ONES << (np.uint64(at) & LOW6)
+    for i in range(w0 + first + 1, w0 + CHUNK_WORDS):
+        block.bmap[i] = block.stale[i] = ONES
 
 
 @njit(cache=True, nogil=True)
-def _send_borrowed(
-    page: int, byte_limit: int, time_limit_ps: int, block: BlockView, costs: Costs, state: Ints
+def _send_open(
+    byte_limit: int, time_limit_ps: int, block: BlockView, costs: Costs, state: Ints
 ) -> tuple[int, int]:
-    """save_span over the rest of the borrowed chunk, which ends the loan when it is done."""
-    chunk = block.borrowed[0]
+    """save_span over the rest of the open chunk, all of whose pages are dirty, differ and hold data."""
+    chunk, at = block.open[0], block.open[1]
     base = chunk * CHUNK_PAGES
-    pages = min(CHUNK_PAGES, block.pages - base)
-    at, why = save_span(
-        block.hot_bmap, block.hot_summary, block.hot_stale, block.zero, False, page - base, pages,
-        costs.normal_bytes, costs.zero_bytes, byte_limit, costs.normal_ps, costs.zero_ps, costs.word_ps, time_limit_ps,
-        state,
-    )  # fmt: skip
-    if why == END_OF_SPAN:
-        block.borrowed[0] = -1
-        block.bmap_full[chunk] = block.stale_full[chunk] = 0
-        for g in range(chunk * SUMMARY_WORDS, (chunk + 1) * SUMMARY_WORDS):
-            block.bmap_summary[g] = block.stale_summary[g] = ZERO
-    return base + at, why
+    while at < CHUNK_PAGES:
+        state[ELAPSED_PS] += costs.word_ps
+        count = 64 - (at & 63)
+        before = -state[TURNS] % TURNS_PER_CLOCK_CHECK
+        if state[USED] + (count - 1) * costs.normal_bytes <= byte_limit and (
+            before >= count
+            or state[TURNS] + before == 0
+            or state[ELAPSED_PS] + before * costs.normal_ps < time_limit_ps
+        ):
+            _count_page(state, costs, count)
+        else:
+            sent = 0
+            while sent < count and must_stop(state, byte_limit, time_limit_ps) == END_OF_SPAN:
+                _count_page(state, costs, 1)
+                sent += 1
+            if sent < count:
+                block.open[1] = at + sent
+                return base + at + sent, must_stop(state, byte_limit, time_limit_ps)
+        at += count
+    block.open[0] = -1
+    block.bmap_full[chunk] = block.stale_full[chunk] = 0
+    for g in range(chunk * SUMMARY_WORDS, (chunk + 1) * SUMMARY_WORDS):
+        block.bmap_summary[g] = block.stale_summary[g] = ZERO
+    return base + CHUNK_PAGES, END_OF_SPAN
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _count_page(state: Ints, costs: Costs, pages: int) -> None:
+    state[TURNS] += pages
+    state[USED] += pages * costs.normal_bytes
+    state[ELAPSED_PS] += pages * costs.normal_ps
+    state[NORMAL] += pages
+    state[WAS_STALE] += pages
 
 
 @njit(cache=True, nogil=True)
@@ -183,8 +206,8 @@ def send_pages(
     is the moment the streams' clocks stand at.
     """
     while page < end:
-        if block.borrowed[0] >= 0:
-            page, why = _send_borrowed(page, byte_limit, time_limit_ps, block, costs, state)
+        if block.open[0] >= 0:
+            page, why = _send_open(byte_limit, time_limit_ps, block, costs, state)
             if why != END_OF_SPAN:
                 return page, why
             continue
@@ -211,7 +234,7 @@ def send_pages(
         has_zero = block.zero_any[chunk] != 0
         virgin = block.bmap_full[chunk] == 2 and block.stale_full[chunk] == 2
         if virgin and not has_zero and page == chunk * CHUNK_PAGES and page + CHUNK_PAGES <= end:
-            _borrow(chunk, block)
+            block.open[0], block.open[1] = chunk, 0
             continue
         settle_summed(block.bmap, block.bmap_full, block.bmap_summary, chunk, block.pages)
         settle_summed(block.stale, block.stale_full, block.stale_summary, chunk, block.pages)

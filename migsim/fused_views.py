@@ -75,10 +75,7 @@ class BlockView(NamedTuple):
     zero_full: Flags
     zero_any: Flags
     verify: bool
-    borrowed: Ints  # [chunk] whose bmap and stale words are in the three buffers below, or [-1]
-    hot_bmap: Words
-    hot_summary: Words
-    hot_stale: Words
+    open: Ints  # (chunk, first page of it not sent yet) where its words need not be written, or chunk -1
 
 
 class Costs(NamedTuple):
