@@ -77,7 +77,7 @@ def test_a_difference_is_found_by_hypothesis_and_comes_out_short() -> None:
     def open_pair() -> Pair:
         return Pair(forgetful, lambda: emulated().make(AS_SEEN), ("forgetful", "whole"))
 
-    _, failure = run_machine(open_pair, seed_value=5, examples=60)
+    _, failure = run_machine(open_pair, seed_value=5, examples=300)
     assert failure is not None
     short = shortened(failure, forgetful, lambda: emulated().make(AS_SEEN))
     assert short.sentence.startswith(f"after {len(short.script)} steps") and len(short.script) <= 6
