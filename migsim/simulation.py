@@ -15,20 +15,25 @@ from msgspec import structs
 
 from migsim.fused import FusedRam
 from migsim.host_costs import HostCosts, Meters, RoundRow
+from migsim.kvm.vm import TraceSink
 from migsim.migration.precopy import Interrupted, Knobs, Limits, Precopy, RoundLog
 from migsim.migration.ram import PS_PER_NS, Ram
 from migsim.qemu_costs import QemuCosts
 from migsim.qemu_options import loop_options, wire_ram
+from migsim.quantities import in_words
 from migsim.result import DowntimePart, Progress, Result, Round
-from migsim.scenario import Scenario
+from migsim.scenario import Scenario, ScenarioError
 from migsim.units import CHUNK_PAGES, GIB, NS_PER_S, PAGE_SIZE, chunks_of
 from migsim.verdict import verdict_of
+from migsim.watch import Watch
 from migsim.world import World, link_bytes_per_s
 
 THREADS_MAX = 2  # more do not help: dense passes run at memory speed
 BASE_BYTES = 350 << 20  # interpreter, numpy, numba and the compiled kernels
 PLANES = 6  # log, W or D, last GET, bmap, stale, and one more for guests with huge pages write-protected
 PROGRESS_NS = NS_PER_S
+PAGED_MAX = 64 * GIB  # half a minute; the time goes with the size
+TRACED_MAX = 2 * GIB
 
 ABOUT = {
     "stop": "vm_stop: every vCPU kicked and waited for",
@@ -62,6 +67,16 @@ def fused_serves(scenario: Scenario) -> bool:
     )
 
 
+def refuse_page_at_a_time(scenario: Scenario, *, traced: bool) -> None:
+    """Raises ScenarioError if the page-at-a-time path would take hours for a guest of this size."""
+    most = TRACED_MAX if traced else PAGED_MAX
+    if scenario.guest.memory > most:
+        why = "tracepoints are followed page by page" if traced else "a guest with dirty rings goes page by page"
+        if not traced and not scenario.kvm.dirty_ring_size:
+            why = "memslots that begin inside a GiB go page by page"
+        raise ScenarioError("guest.memory", f"{why}, for guests up to {in_words(most, 'size')}")
+
+
 def run(
     scenario: Scenario,
     *,
@@ -71,13 +86,17 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     page_at_a_time: bool = False,
     fault: Fault | None = None,
+    trace: TraceSink | None = None,
 ) -> Result:
     """Migrate the guest of `scenario`; the same result for the same seed, whatever `threads`.
 
     `fault(world, ram)` may replace steps of either before the migration starts (validate.faults does). A Ctrl-C ends
-    the run with `interrupted` set and the rounds so far. Raises ScenarioError for what a scenario cannot ask for.
+    the run with `interrupted` set and the rounds so far. `trace(name, fields)` sees KVM's tracepoints from migrate on,
+    page by page (kvm.trace.JsonLines writes them). Raises ScenarioError for what a scenario cannot ask for.
     """
-    bulk = fused_serves(scenario) and not page_at_a_time
+    bulk = fused_serves(scenario) and not page_at_a_time and trace is None
+    if not bulk and not page_at_a_time:
+        refuse_page_at_a_time(scenario, traced=trace is not None)
     host = HostCosts(scenario)
     costs = QemuCosts(scenario, host.priced())
     world = World(scenario, costs, seed, bulk=bulk)
@@ -97,17 +116,21 @@ def run(
         ram = FusedRam(ram, world.kvm_slots, world.workload, now, count, verify)
     if fault is not None:
         fault(world, ram)
+    world.vm.trace_sink = trace
+    watch = Watch(world.vm.mmu.state) if verify else None
     meters = host.meters(world.workload, ram, world.meter.totals, len(world.slots))
     loop = Precopy(
         wire_ram(scenario, ram, world, costs), world, _knobs(scenario), costs.loop(), _limits(scenario),
         lambda now: link_bytes_per_s(scenario, now),
-        progress=_Reporter(progress, scenario, ram, costs, world, meters), **loop_options(scenario, seed),
+        progress=_Reporter(progress, scenario, ram, costs, world, meters, watch), **loop_options(scenario, seed),
     )  # fmt: skip
     interrupted = False
     try:
         loop.run()
     except (KeyboardInterrupt, Interrupted):
         interrupted = True
+    if watch is not None and not interrupted:
+        watch.at_the_end()
     meters.finish(loop.now_ns - loop.stats.downtime_ns, loop.rounds)
     return _result(scenario, seed, world, ram, loop, costs, verify, interrupted, host, meters)
 
@@ -117,13 +140,15 @@ class _Reporter:
 
     def __init__(
         self, progress: Callable[[Progress], None] | None, scenario: Scenario, ram: Ram, costs: QemuCosts,
-        world: World, meters: Meters,
+        world: World, meters: Meters, watch: Watch | None,
     ) -> None:  # fmt: skip
         self.progress, self.scenario, self.ram, self.costs = progress, scenario, ram, costs
-        self.world, self.meters = world, meters
+        self.world, self.meters, self.watch = world, meters, watch
         self.next_ns = 0
 
     def __call__(self, loop: Precopy) -> None:
+        if self.watch is not None:
+            self.watch.between_windows(loop.stats.dirty_sync_count, loop.now_ns)
         slowdown = self.meters.window(loop.now_ns, loop.rounds)
         if slowdown is not None:
             self.world.workload.set_pace(self.world.workload.duty, slowdown)
@@ -200,7 +225,7 @@ def _result(
             "assumed-ns": costs.assumed_costs(),
             "clear-calls": ram.clear_calls,
             "rearmed-pages": ram.rearmed_pages,
-            "memory": _host_memory(world, ram) | {"rmap-bytes": host.rmap_bytes()},
+            "memory": _host_memory(world),
         },
         verify=checked,
     )
@@ -212,12 +237,13 @@ def _kvm(world: World) -> dict[str, object]:
     return {**world.vm.stats_read(), **tables, "operations": dict(world.meter.totals)}
 
 
-def _host_memory(world: World, ram: Ram) -> dict[str, int]:
-    """Bytes the real host would hold for this: page tables, KVM's bitmaps (two halves), QEMU's copies."""
-    root = world.vm.mmu.root_of(world.vcpus[0])
+def _host_memory(world: World) -> dict[str, int]:
+    """Bytes the real host would hold for this: page tables, rmaps, KVM's bitmaps (two halves), QEMU's copies."""
+    mmu = world.vm.mmu.memory()
     bitmap = world.memory.pages // 8
     return {
-        "page-tables-bytes": root.table_bytes,
+        "page-tables-bytes": mmu["table-bytes"],
+        "rmap-bytes": mmu["rmap-bytes"],
         "kvm-dirty-bitmap-bytes": 0 if world.scenario.kvm.dirty_ring_size else 2 * bitmap,
         "kvm-dirty-ring-bytes": world.scenario.kvm.dirty_ring_size * 16 * len(world.vcpus),
         "qemu-bitmap-bytes": 3 * bitmap,  # KVMSlot.dirty_bmap, the RAM list's, RAMBlock.bmap

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from migsim.commands.look import compiled, refuse_unwritable, require_memory
+from migsim.commands.output import printing
 from migsim.quantities import in_words
 from migsim.scenario import Scenario, ScenarioError, json_schema, load
 
 if TYPE_CHECKING:
+    from migsim.kvm.vm import TraceSink
     from migsim.result import Progress, Result
 
 __all__ = ["FAULT_NAMES", "add_arguments", "run_run"]
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_bounded(0, (1 << 64) - 1), default=0, metavar="N", help="of all randomness [0]")
     parser.add_argument("--threads", type=_bounded(1, 1024), metavar="N", help="of the emulator; changes no result")
     parser.add_argument("--json", metavar="FILE", help="write the result there; - is standard output")
+    parser.add_argument("--trace", metavar="FILE", help="KVM's tracepoints as JSON lines; for small guests")
     parser.add_argument("--no-verify", action="store_true", help="without the ground truth of every page")
     parser.add_argument("--fault", metavar="STEP", help=f"switch one safety step off: {', '.join(FAULT_NAMES)}")
     parser.add_argument("--quiet", action="store_true", help="print nothing; the exit code tells")
@@ -52,6 +54,8 @@ def run_run(arguments: argparse.Namespace) -> int:
         raise ScenarioError("--fault", f"must be one of {', '.join(FAULT_NAMES)}", value=arguments.fault)
     if arguments.json not in (None, "-"):
         refuse_unwritable(arguments.json)
+    if arguments.trace is not None:
+        refuse_unwritable(arguments.trace)
     require_memory(scenario, verify=not arguments.no_verify)
     if not arguments.quiet and not compiled():
         print("migsim: compiling the kernels, once after an install ...", file=sys.stderr, flush=True)
@@ -74,14 +78,19 @@ def _migrate(scenario: Scenario, arguments: argparse.Namespace) -> Result:
         try:
             from migsim import simulation  # within the try: loading and compiling it takes a while
 
-            return simulation.run(
-                scenario,
-                seed=arguments.seed,
-                threads=arguments.threads,
-                verify=not arguments.no_verify,
-                progress=progress,
-                **_faulty(scenario, arguments.fault),
-            )
+            faulty = _faulty(scenario, arguments.fault)
+            if arguments.trace is not None:
+                simulation.refuse_page_at_a_time(scenario, traced=True)  # before the file is opened
+            with _tracepoints(arguments.trace) as trace:
+                return simulation.run(
+                    scenario,
+                    seed=arguments.seed,
+                    threads=arguments.threads,
+                    verify=not arguments.no_verify,
+                    progress=progress,
+                    trace=trace,
+                    **faulty,
+                )
         except KeyboardInterrupt:
             rounds = last[0].rounds if last else ()
             return Result(
@@ -92,6 +101,21 @@ def _migrate(scenario: Scenario, arguments: argparse.Namespace) -> Result:
                 seed=arguments.seed,
                 rounds=rounds,
             )
+
+
+@contextmanager
+def _tracepoints(path: str | None) -> Iterator[TraceSink | None]:
+    """Where KVM's tracepoints go: one JSON object a line."""
+    if path is None:
+        yield None
+        return
+    from migsim.kvm.trace import JsonLines
+
+    try:
+        with open(path, "w", encoding="utf-8") as out:
+            yield JsonLines(out)
+    except OSError as error:
+        raise ScenarioError("", f"cannot write the trace: {error.strerror}", file=path) from None
 
 
 def _faulty(scenario: Scenario, name: str | None) -> dict[str, Any]:
@@ -117,21 +141,12 @@ def _deliver(result: Result, arguments: argparse.Namespace) -> None:
             raise ScenarioError("", f"cannot write the result: {error.strerror}", file=arguments.json) from None
     # With the JSON on stdout the table for people moves to stderr.
     table_to = sys.stderr if arguments.json == "-" else sys.stdout
-    with _reader_may_leave():
+    with printing(delivered=arguments.json not in (None, "-")):
         if arguments.json == "-":
             sys.stdout.buffer.write(to_json(result))
             sys.stdout.buffer.flush()
         if not arguments.quiet:
             print(summary(result), file=table_to, flush=True)
-
-
-@contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """`migsim run ... | head -1` ends with the run's own exit code."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _bounded:

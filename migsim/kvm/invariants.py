@@ -1,8 +1,8 @@
 """What must hold of the MMU between two operations, checked by recounting; every violation is a sentence.
 
 Numbers refer to the list in docs/series.md. Page-level checks walk every entry, so they are for small guests;
-`cheap_violations` (6, 7 and the counters, without looking at a page) costs a pass over the tables and planes and runs
-at every round of a migration. TLB, log and rings are in log_invariants.py.
+`cheap_violations` (6 and 8, without looking at a page) costs a pass over the tables and planes and runs while guests of
+any size migrate. TLB, log and rings are in log_invariants.py.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migsim.kvm.host_mm import LEAF_TABLE_PFN_BASE, TABLE_PFN_BASE
+from migsim.kvm.leaf_planes import LeafPlanes
 from migsim.kvm.levels import max_mapping_level
 from migsim.kvm.mmio import is_current
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.paging import Sptep, huge_leafs
+from migsim.kvm.plane_ranges import count_range
 from migsim.kvm.roots import Root
-from migsim.kvm.spte import ENTRIES, MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K
-from migsim.units import WORD_BITS, pages_per_level
+from migsim.kvm.spte import ENTRIES, MAX_HUGEPAGE_LEVEL, PAGE_SIZE_BIT, PG_LEVEL_2M, PG_LEVEL_4K
+from migsim.units import CHUNK_PAGES, WORD_BITS, pages_per_level
+
+_ROWS = 256  # of tables at a time: 1 MiB, which the cache holds
 
 
 def mmu_violations(mmu: MmuState) -> list[str]:
@@ -39,10 +43,16 @@ def mmu_violations(mmu: MmuState) -> list[str]:
 
 def cheap_violations(mmu: MmuState) -> Iterator[str]:
     """6 and 8 by counting: page stats, table counts, NX list, locks, deferred frees; planes subsets of `present`."""
+    yield from counter_violations(mmu)
+    for root in mmu.roots:
+        yield from _packed_violations(root)
+
+
+def counter_violations(mmu: MmuState) -> Iterator[str]:
+    """Of these all but the planes against each other: what may be asked at any moment."""
     yield from stat_violations(mmu)
     yield from lock_violations(mmu)
     for root in mmu.roots:
-        yield from _packed_violations(root)
         if root.root_count <= 0:
             yield f"{root!r} is listed without a reference"
 
@@ -52,16 +62,41 @@ def stat_violations(mmu: MmuState) -> Iterator[str]:
     recount = Counter(mmu.shadowed_leafs)
     for root in mmu.roots:
         for planes in root.leaf.values():
-            recount[PG_LEVEL_4K] += planes.present.count()
-        for level in range(PG_LEVEL_2M, MAX_HUGEPAGE_LEVEL + 1):
-            rows = root.tables[root.table_level == level]
-            recount[level] += int(huge_leafs(mmu.fmt, rows).sum())
+            recount[PG_LEVEL_4K] += _count_small(root, planes)
+        for level, huge in _count_huge(mmu, root):
+            recount[level] += huge
     for level, name in ((1, "pages_4k"), (2, "pages_2m"), (3, "pages_1g")):
         value = getattr(mmu.stats, name)
         if value != recount[level]:
             yield f"{name} is {value}, a recount finds {recount[level]}"
     if mmu.stats.nx_lpage_splits != len(mmu.nx):
         yield f"nx_lpage_splits is {mmu.stats.nx_lpage_splits}, the list holds {len(mmu.nx)} tables"
+
+
+def _count_small(root: Root, planes: LeafPlanes) -> int:
+    """Present 4K leaves of a slot."""
+    total = 0
+    for first in (_tabled_chunks(root, planes) * CHUNK_PAGES).tolist():
+        pages = min(CHUNK_PAGES, planes.npages - first)
+        total += pages if planes.present.full[first // CHUNK_PAGES] else count_range(planes.present, first, pages)
+    return total
+
+
+def _tabled_chunks(root: Root, planes: LeafPlanes) -> NDArray[np.int64]:
+    """Chunks of a slot that a level-2 table covers: there can be no 4K leaf elsewhere (nor is that memory touched)."""
+    tables = root.table_gfn[root.table_level == PG_LEVEL_2M] - planes.base_gfn
+    chunks = np.unique(np.concatenate((tables, tables + CHUNK_PAGES - 1)) // CHUNK_PAGES)
+    return np.asarray(chunks[(chunks >= 0) & (chunks * CHUNK_PAGES < planes.npages)])
+
+
+def _count_huge(mmu: MmuState, root: Root) -> Iterator[tuple[int, int]]:
+    """(level, huge leaves) of some rows of tables at a time; rows without a page-size bit are read once and left."""
+    for start in range(0, len(root.tables), _ROWS):
+        block, levels = root.tables[start : start + _ROWS], root.table_level[start : start + _ROWS]
+        if int(np.bitwise_or.reduce(block, axis=None)) & PAGE_SIZE_BIT:
+            counts = huge_leafs(mmu.fmt, block).sum(axis=1)
+            for level in range(PG_LEVEL_2M, MAX_HUGEPAGE_LEVEL + 1):
+                yield level, int(counts[levels == level].sum())
 
 
 def lock_violations(mmu: MmuState) -> Iterator[str]:
@@ -75,17 +110,16 @@ def lock_violations(mmu: MmuState) -> Iterator[str]:
 def _packed_violations(root: Root) -> Iterator[str]:
     """Planes say nothing about pages that are not mapped."""
     for slot_id, planes in root.leaf.items():
+        present = planes.present
+        chunks = _tabled_chunks(root, planes)
+        chunks = chunks[present.full[chunks] == 0]
         for plane in planes.planes()[1:]:
-            for chunk in range(len(plane.full)):
+            for chunk in chunks.tolist():
                 where = plane.chunk_words(chunk)
-                if plane.full[chunk] and planes.present.full[chunk]:
-                    continue
-                if not plane.full[chunk] and not plane.words[where].any():
-                    continue
                 first = where.start * WORD_BITS
                 count = min(plane.n - first, (where.stop - where.start) * WORD_BITS)
-                stray = plane.slice_words(first, count) & ~planes.present.slice_words(first, count)
-                if stray.any():
+                words = plane.slice_words(first, count) if plane.full[chunk] else plane.words[where]
+                if (words & ~present.words[where]).any():
                     yield f"slot {slot_id}: bits of a rare state without a present SPTE in chunk {chunk} of {root!r}"
 
 
