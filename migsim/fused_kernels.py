@@ -17,9 +17,11 @@ from migsim.units import CHUNK_PAGES, CHUNK_WORDS
 from migsim.words import (
     LOW6,
     ONE,
+    ONES,
     SUMMARY_WORDS,
     ZERO,
     lowest_bit,
+    ones_run,
     popcount,
     settle_chunk,
     settle_summed,
@@ -148,30 +150,59 @@ def _count(words: Words, w0: int, n_words: int) -> int:
 
 
 @njit(cache=True, nogil=True)
+def _merge_run(log: Words, bmap: Words) -> tuple[np.uint64, np.uint64]:
+    """OR whole arrays, as vector code: (bits that were new, bits only the bitmap had)."""
+    new = rest = ZERO
+    for i in range(len(log)):
+        have = bmap[i]
+        rest |= have & ~log[i]
+        new += popcount(log[i] & ~have)
+        bmap[i] = have | log[i]
+    return new, rest
+
+
+@njit(cache=True, nogil=True)
+def _merge_group(
+    g: int, s0: int, b0: int, w0: int, m0: int, slot: SlotView, block: BlockView
+) -> tuple[np.uint64, np.uint64]:
+    """The same for one group of 64 words, those that may be non-zero; its summaries say afterwards which are."""
+    new = rest = marked = logged = ZERO
+    left = slot.log_summary[s0 + g] | block.bmap_summary[b0 + g]
+    while left != ZERO:
+        low = left & (~left + ONE)
+        i = (g << 6) + lowest_bit(left)
+        left ^= low
+        log, have = slot.log[w0 + i], block.bmap[m0 + i]
+        rest |= have & ~log
+        new += popcount(log & ~have)
+        if log & ~have:
+            block.bmap[m0 + i] = have | log
+        if log != ZERO:
+            logged |= low
+        if have | log:
+            marked |= low
+    slot.log_summary[s0 + g], block.bmap_summary[b0 + g] = logged, marked
+    return new, rest
+
+
+@njit(cache=True, nogil=True)
 def _merge(chunk: int, sc: int, groups: int, slot: SlotView, block: BlockView) -> int:
     """OR the log's words into the bitmap; how many bits were new there. What GET showed is kept in `known`, unless
     the bitmap now says the same."""
     new = ZERO
     rest = ZERO  # marked in the bitmap, but not by this GET
-    for g in range(groups):
-        s, b = sc * SUMMARY_WORDS + g, chunk * SUMMARY_WORDS + g
-        left = slot.log_summary[s] | block.bmap_summary[b]
-        marked = logged = ZERO  # words that turn out to be non-zero
-        while left != ZERO:
-            low = left & (~left + ONE)
-            i = (g << 6) + lowest_bit(left)
-            left ^= low
-            log = slot.log[sc * CHUNK_WORDS + i]
-            have = block.bmap[chunk * CHUNK_WORDS + i]
-            rest |= have & ~log
-            new += popcount(log & ~have)
-            if log & ~have:
-                block.bmap[chunk * CHUNK_WORDS + i] = have | log
-            if log != ZERO:
-                logged |= low
-            if have | log:
-                marked |= low
-        slot.log_summary[s], block.bmap_summary[b] = logged, marked
+    s0, b0, w0, m0 = sc * SUMMARY_WORDS, chunk * SUMMARY_WORDS, sc * CHUNK_WORDS, chunk * CHUNK_WORDS
+    g = 0
+    while g < groups:
+        run = ones_run(slot.log_summary, s0 + g, s0 + groups) - s0
+        n, r = _merge_run(slot.log[w0 + (g << 6) : w0 + (run << 6)], block.bmap[m0 + (g << 6) : m0 + (run << 6)])
+        new, rest = new + n, rest | r
+        for full in range(g, run):
+            block.bmap_summary[b0 + full] = ONES
+        if run < groups:
+            n, r = _merge_group(run, s0, b0, w0, m0, slot, block)
+            new, rest = new + n, rest | r
+        g = run + 1
     slot.known_is_bmap[sc] = rest == ZERO
     if rest == ZERO:
         return int(new)

@@ -69,6 +69,14 @@ SUMMARY_WORDS = CHUNK_WORDS // 64  # of one chunk
 
 
 @njit(cache=True, nogil=True)
+def ones_run(summary: Words, g: int, end: int) -> int:
+    """End of the run of summary words from `g` on that are all ones: there a plain loop is faster than bit by bit."""
+    while g < end and summary[g] == ONES:
+        g += 1
+    return g
+
+
+@njit(cache=True, nogil=True)
 def raise_summary(summary: Words, first: int, end: int) -> None:
     """Say that words [first, end) may be non-zero."""
     for i in range(first, end):

@@ -16,7 +16,7 @@ from migsim.guest import draw
 from migsim.guest.draw import chunk_key, draw_sweep, draw_uniform
 from migsim.guest.workload import SEQUENTIAL
 from migsim.planes import Words
-from migsim.words import ONE, ONES, ZERO, lowest_bit
+from migsim.words import ONE, ONES, ZERO, lowest_bit, ones_run
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -79,6 +79,12 @@ def _wipe(hits: Words, summary: Words) -> None:
 
 
 @njit(cache=True, nogil=True)
+def _or_words(into: Words, words: Words) -> None:
+    for i in range(len(words)):
+        into[i] |= words[i]
+
+
+@njit(cache=True, nogil=True)
 def write_words(
     hits: Words, summary: Words, stale: Words, stale_summary: Words, zero: Words, has_zero: bool, w0: int, groups: int
 ) -> None:
@@ -86,17 +92,20 @@ def write_words(
 
     `w0`: the first word in the planes; `groups`: 64-word groups of `hits`.
     """
-    for g in range(groups):
-        left = summary[g]
-        stale_summary[(w0 >> 6) + g] |= left
-        if left == ONES:
-            for i in range(g << 6, (g + 1) << 6):
-                stale[w0 + i] |= hits[i]
-        else:
+    g = 0
+    while g < groups:
+        run = ones_run(summary, g, groups)
+        _or_words(stale[w0 + (g << 6) : w0 + (run << 6)], hits[g << 6 : run << 6])
+        for full in range(g, run):
+            stale_summary[(w0 >> 6) + full] = ONES
+        if run < groups:
+            left = summary[run]
+            stale_summary[(w0 >> 6) + run] |= left
             while left != ZERO:
-                i = (g << 6) + lowest_bit(left)
+                i = (run << 6) + lowest_bit(left)
                 stale[w0 + i] |= hits[i]
                 left &= left - ONE
+        g = run + 1
     if has_zero:
         clear_zero(hits, summary, zero, w0, groups)
 

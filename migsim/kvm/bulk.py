@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from migsim.planes import Flags, Words
 from migsim.units import CHUNK_WORDS
-from migsim.words import LOW6, ONE, ONES, ZERO, lowest_bit, popcount
+from migsim.words import LOW6, ONE, ONES, ZERO, lowest_bit, ones_run, popcount
 
 Ints = NDArray[np.int64]
 
@@ -57,6 +57,19 @@ def _store_word(hit: np.uint64, log: Words, writable: Words, i: int) -> np.uint6
 
 
 @njit(cache=True, nogil=True)
+def _store_run(hits: Words, log: Words, writable: Words) -> np.uint64:
+    """_store_word over whole arrays, as vector code."""
+    fast = ZERO
+    for i in range(len(hits)):
+        hit, w = hits[i], writable[i]
+        fault = hit & ~w
+        writable[i] = w | hit
+        log[i] |= fault
+        fast += popcount(fault)
+    return fast
+
+
+@njit(cache=True, nogil=True)
 def store_mapped(
     hits: Words, summary: Words, log: Words, log_summary: Words, writable: Words, w0: int, groups: int, counts: Ints
 ) -> None:
@@ -67,17 +80,21 @@ def store_mapped(
     `hits`, `log_summary` of `log`; `w0`: the first word in the planes; `groups`: 64-word groups.
     """
     fast = ZERO
-    for g in range(groups):
-        left = summary[g]
-        log_summary[(w0 >> 6) + g] |= left
-        if left == ONES:
-            for i in range(g << 6, (g + 1) << 6):
-                fast += _store_word(hits[i], log, writable, w0 + i)
-        else:
+    g = 0
+    while g < groups:
+        run = ones_run(summary, g, groups)
+        first, stop = w0 + (g << 6), w0 + (run << 6)
+        fast += _store_run(hits[g << 6 : run << 6], log[first:stop], writable[first:stop])
+        for full in range(g, run):
+            log_summary[(w0 >> 6) + full] = ONES
+        if run < groups:
+            left = summary[run]
+            log_summary[(w0 >> 6) + run] |= left
             while left != ZERO:
-                i = (g << 6) + lowest_bit(left)
+                i = (run << 6) + lowest_bit(left)
                 fast += _store_word(hits[i], log, writable, w0 + i)
                 left &= left - ONE
+        g = run + 1
     counts[PF_FAST] += np.int64(fast)
 
 
@@ -184,6 +201,18 @@ def _rearm_word(mask: np.uint64, log: Words, protection: Words, i: int) -> np.ui
 
 
 @njit(cache=True, nogil=True)
+def _rearm_run(mask: Words, log: Words, protection: Words) -> np.uint64:
+    """_rearm_word over whole arrays: views that begin at 0 are what the compiler turns into vector code."""
+    taken = ZERO
+    for i in range(len(mask)):
+        bits = mask[i] & log[i]
+        log[i] &= ~bits
+        protection[i] &= ~bits
+        taken += popcount(bits)
+    return taken
+
+
+@njit(cache=True, nogil=True)
 def rearm(
     mask: Words, mask_summary: Words, m0: int, log: Words, protection: Words, w0: int, groups: int, counts: Ints
 ) -> int:
@@ -193,16 +222,21 @@ def rearm(
     in the planes. Returns the pages re-armed. The log's summary may keep bits of words that are now zero.
     """
     taken = ZERO
-    for g in range(groups):
-        left = mask_summary[(m0 >> 6) + g]
-        if left == ONES:
-            for i in range(g << 6, (g + 1) << 6):
-                taken += _rearm_word(mask[m0 + i], log, protection, w0 + i)
-        else:
+    g, end = m0 >> 6, (m0 >> 6) + groups
+    shift = w0 - m0
+    while g < end:
+        run = ones_run(mask_summary, g, end)
+        taken += _rearm_run(
+            mask[g << 6 : run << 6], log[shift + (g << 6) : shift + (run << 6)],
+            protection[shift + (g << 6) : shift + (run << 6)],
+        )  # fmt: skip
+        if run < end:
+            left = mask_summary[run]
             while left != ZERO:
-                i = (g << 6) + lowest_bit(left)
-                taken += _rearm_word(mask[m0 + i], log, protection, w0 + i)
+                i = (run << 6) + lowest_bit(left)
+                taken += _rearm_word(mask[i], log, protection, shift + i)
                 left &= left - ONE
+        g = run + 1
     counts[REARMED] += np.int64(taken)
     counts[FLUSHES] += np.int64(taken != ZERO)
     return int(taken)
