@@ -15,17 +15,17 @@ from migsim.kvm.tdp_iter import for_each_tdp_pte
 
 def age_range(mmu: MmuState, root: Root, start: int, end: int) -> bool:
     """Make every young leaf of gfns [start, end) old; True if one was young."""
-    fmt, young = mmu.fmt, False
+    fmt, young, lockless = mmu.fmt, False, mmu.vintage.lockless_aging
     with mmu.rcu.read():
         for it in for_each_tdp_pte(root, start, end):
             if not it.is_leaf or not fmt.is_accessed(it.old_spte):
                 continue
             young = True
             if fmt.ad_enabled(it.old_spte):
-                clear_spte_bits(mmu, it, fmt.accessed | (fmt.dirty if mmu.vintage.age_clears_dirty else 0))
-            else:
-                while not set_spte_atomic(mmu, it, mark_for_access_track(fmt, it.old_spte)):
-                    pass
+                bits = fmt.accessed | (fmt.dirty if mmu.vintage.age_clears_dirty else 0)
+                clear_spte_bits(mmu, it, bits, lockless=lockless)
+            else:  # a lost exchange is not tried again: whoever won has just used the page
+                set_spte_atomic(mmu, it, mark_for_access_track(fmt, it.old_spte), lockless=lockless)
     return young
 
 

@@ -6,7 +6,7 @@ right and takes apart the tables that hung below. Source: Linux 6.13 and 5.10, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.paging import Sptep, huge_leafs, present_entries
@@ -43,7 +43,7 @@ def handle_changed_spte(
         return
     if was_present and not was_leaf and (is_leaf or not is_present or fmt.pfn(old) != fmt.pfn(new)):
         handle_removed_pt(mmu, root, fmt.pfn(old), shared=shared)
-    if not mmu.vintage.marks_in_make_spte:
+    if not mmu.vintage.marks_before_install:
         _changed_dirty_log(mmu, root, gfn, old, new, level)
 
 
@@ -62,42 +62,42 @@ def _changed_dirty_log(mmu: MmuState, root: Root, gfn: int, old: int, new: int, 
 def handle_removed_pt(mmu: MmuState, root: Root, table_pfn: int, *, shared: bool) -> None:
     """Take an unlinked table apart: untrack, empty its entries (recursively), free the page once no reader is left.
 
-    Shared: entries become FROZEN, so that a walker still inside cannot install into a dead table. The caller flushes.
+    Entries become FROZEN before anything else happens to them, so that a walker still inside cannot install into a
+    dead table; under the exclusive lock only those that held something. The caller flushes.
     """
     if mmu.at_once:
-        remove_at_once(mmu, root, table_pfn, shared=shared)
+        remove_at_once(mmu, root, table_pfn)
         return
     level = root.level_of(table_pfn)
     untrack_nx(mmu, root, table_pfn)
-    for entry in range(ENTRIES):
+    held = [root.read(Sptep(table_pfn, entry)) for entry in range(ENTRIES)]
+    if level == PG_LEVEL_4K:
+        root.dying.add(table_pfn)  # a level-1 table freezes as a whole: from here on every entry of it reads FROZEN
+    for entry, old in enumerate(held):
         at = Sptep(table_pfn, entry)
-        old, gfn = root.read(at), root.gfn_of(at)
-        freeze = shared and level > PG_LEVEL_4K  # a level-1 table freezes as a whole, below
-        if not freeze and not mmu.fmt.is_present(old) and not mmu.fmt.is_mmio(old):
-            continue
-        end = mmu.fmt.frozen if freeze else mmu.fmt.nonpresent
-        root.write(at, end)
-        if old != end:
-            handle_changed_spte(mmu, root, gfn, old, mmu.fmt.frozen, level, shared=shared)
-    if level == PG_LEVEL_4K and shared:
-        root.dying.add(table_pfn)  # from here on every entry of it reads FROZEN
+        holds = mmu.fmt.is_present(old) or mmu.fmt.is_mmio(old)
+        if level == PG_LEVEL_4K and holds:
+            root.write(at, mmu.fmt.nonpresent)
+        elif level > PG_LEVEL_4K and (holds or shared):
+            root.write(at, mmu.fmt.frozen)
+        if (holds or shared) and old != mmu.fmt.frozen:
+            handle_changed_spte(mmu, root, root.gfn_of(at), old, mmu.fmt.frozen, level, shared=shared)
     mmu.rcu.call(lambda: root.free_table(table_pfn))
 
 
-def remove_at_once(mmu: MmuState, root: Root, table_pfn: int, *, shared: bool) -> None:
+def remove_at_once(mmu: MmuState, root: Root, table_pfn: int) -> None:
     """The same for a whole tree of tables: rows are counted, planes erased, all pages freed by one RCU callback."""
     first = root.gfn_of(Sptep(table_pfn, 0))
     end = first + ENTRIES * pages_per_level(root.level_of(table_pfn))
+    tables = list(_empty_rows(mmu, root, table_pfn, mmu.fmt.frozen))
+    root.dying.update(table for table in tables if root.level_of(table) == PG_LEVEL_4K)
     for planes, at, count in root.planes_in(first, end):
         mmu.stats.update_page_stats(PG_LEVEL_4K, -erase_range(planes, at, count))
     for gfn in [gfn for gfn in root.mmio if first <= gfn < end]:
         del root.mmio[gfn]
-    tables = list(_empty_rows(mmu, root, table_pfn, mmu.fmt.frozen if shared else mmu.fmt.nonpresent))
     if len(mmu.nx):
         for table in tables:
             untrack_nx(mmu, root, table)
-    if shared and mmu.rcu.depth:
-        root.dying.update(table for table in tables if root.level_of(table) == PG_LEVEL_4K)
 
     def free() -> None:
         for table in tables:
@@ -131,12 +131,17 @@ def untrack_nx(mmu: MmuState, root: Root, table_pfn: int) -> None:
 # -- setters: atomic under the read lock, plain under the write lock -----------------------------------------------
 
 
-def set_spte_atomic(mmu: MmuState, it: TdpIter, new: int) -> bool:
-    """Compare-exchange the iterator's entry; on failure nothing happened and old_spte holds the value now there."""
+def set_spte_atomic(
+    mmu: MmuState, it: TdpIter, new: int, *, lockless: bool = False, publish: Callable[[], None] | None = None
+) -> bool:
+    """Compare-exchange the iterator's entry; on failure nothing happened and old_spte holds the value now there.
+
+    `publish` fills the table that `new` points to: in the same step, before the pointer is stored.
+    """
     assert not mmu.fmt.is_frozen(it.old_spte), f"frozen SPTE at gfn {it.gfn:#x} level {it.level} is not ours to change"
-    _assert_protected(mmu, it.gfn)
+    assert_protected(mmu, it.gfn, lockless=lockless)
     mmu.vm.meter.count("spte_cmpxchg")
-    if not it.root.cmpxchg(it.at, it.old_spte, new):
+    if not it.root.cmpxchg(it.at, it.old_spte, new, publish):
         mmu.vm.meter.count("spte_cmpxchg_failed")
         it.old_spte = it.root.read(it.at)
         return False
@@ -148,14 +153,15 @@ def set_spte_atomic(mmu: MmuState, it: TdpIter, new: int) -> bool:
 def set_spte(mmu: MmuState, it: TdpIter, new: int) -> None:
     """Exchange the iterator's entry under the write lock; bits the CPU set since it was read are not lost."""
     assert mmu.lock.writer, f"SPTE at gfn {it.gfn:#x} level {it.level} written without the exclusive mmu_lock"
+    assert_protected(mmu, it.gfn)
     old = it.root.write(it.at, new)
     handle_changed_spte(mmu, it.root, it.gfn, old, new, it.level, shared=False)
     it.old_spte = new
 
 
-def clear_spte_bits(mmu: MmuState, it: TdpIter, mask: int) -> None:
+def clear_spte_bits(mmu: MmuState, it: TdpIter, mask: int, *, lockless: bool = False) -> None:
     """Locked AND: take W, D or A away whatever else the CPU does meanwhile (Linux 6.4)."""
-    _assert_protected(mmu, it.gfn)
+    assert_protected(mmu, it.gfn, lockless=lockless)
     old = it.root.clear_bits(it.at, mask)
     it.old_spte = old & ~mask
     mmu.vm.trace(
@@ -168,7 +174,7 @@ def zap_spte_atomic(mmu: MmuState, it: TdpIter) -> bool:
     """Zap under the read lock: FROZEN first, then flush, and only then non-present, so nobody maps in between."""
     old = it.old_spte
     assert not mmu.fmt.is_frozen(old), f"frozen SPTE at gfn {it.gfn:#x} level {it.level} zapped twice"
-    _assert_protected(mmu, it.gfn)
+    assert_protected(mmu, it.gfn)
     if not it.root.cmpxchg(it.at, old, mmu.fmt.frozen):
         it.old_spte = it.root.read(it.at)
         return False
@@ -179,5 +185,10 @@ def zap_spte_atomic(mmu: MmuState, it: TdpIter) -> bool:
     return True
 
 
-def _assert_protected(mmu: MmuState, gfn: int) -> None:
-    assert mmu.lock.held or mmu.rcu.depth, f"SPTE of gfn {gfn:#x} changed outside mmu_lock and outside RCU"
+def assert_protected(mmu: MmuState, gfn: int, *, lockless: bool = False) -> None:
+    """RCU keeps the table alive and mmu_lock keeps the change legal: both are needed.
+
+    `lockless`: RCU alone, for the fast page fault and (Linux 6.14) aging, which only change bits of a live leaf.
+    """
+    assert mmu.rcu.depth, f"SPTE of gfn {gfn:#x} changed outside an RCU read section"
+    assert lockless or mmu.lock.held, f"SPTE of gfn {gfn:#x} changed without mmu_lock"

@@ -30,20 +30,28 @@ _REGION_WORDS = REGION_PAGES // WORD_BITS
 Regions = NDArray[np.int64]
 
 
-def collapse_slot(mmu: MmuState, root: Root, slot: Memslot) -> bool:
-    """What ending the log does to one root, in the vintage's form. True: one flush of the slot is due."""
+def collapse_slot(mmu: MmuState, root: Root, slot: Memslot) -> None:
+    """What ending the log does to one root, in the vintage's form, flushes included."""
     form = mmu.vintage.disable
     if form == "zap-nothing" and suits(mmu, slot.npages):
-        return False
+        return
     if form not in ("recover", "zap-tables") or not _suits(mmu, root, slot):
-        return DISABLE_FORMS[form](mmu, root, slot)
-    planes, flush = root.leaf[slot.id], False
+        DISABLE_FORMS[form](mmu, root, slot)
+        return
+    with mmu.rcu.read():  # no table is freed before the flush
+        if _collapse_rows(mmu, root, slot):
+            mmu.vm.flush_remote_tlbs_memslot(slot)
+
+
+def _collapse_rows(mmu: MmuState, root: Root, slot: Memslot) -> bool:
+    """recover_huge_pages or zap_collapsible_tables; True: one flush of the slot is due."""
+    form, planes, flush = mmu.vintage.disable, root.leaf[slot.id], False
     for row, base in list(root.tables_at(PG_LEVEL_2M, slot.base_gfn, slot.end_gfn)):
         if _whole_gib(mmu, slot, base):
             if form == "recover":
                 flush = _recover_gib(mmu, root, planes, row, base) or flush
             else:
-                flush = DISABLE_FORMS[form](mmu, root, _Part(slot, base)) or flush  # type: ignore[arg-type]
+                DISABLE_FORMS[form](mmu, root, _Part(slot, base))  # type: ignore[arg-type]
             continue
         which = _collapsible(mmu, slot, root.tables[row], base)
         if form == "recover":
@@ -91,7 +99,7 @@ def _recover_gib(mmu: MmuState, root: Root, planes: LeafPlanes, row: int, base: 
     mmu.stats.update_page_stats(PG_LEVEL_1G, 1)
     mmu.stats.update_page_stats(PG_LEVEL_2M, -int(huge.sum()))
     _drop_tables(mmu, root, planes, base, tables, table_sptes)
-    root.free_table(TABLE_PFN_BASE + row)
+    mmu.rcu.call(lambda: root.free_table(TABLE_PFN_BASE + row))
     return True
 
 
@@ -217,11 +225,15 @@ def small_to_huge(mmu: MmuState, small: NDArray[np.uint64]) -> NDArray[np.uint64
 def _drop_tables(
     mmu: MmuState, root: Root, planes: LeafPlanes, base: int, which: Regions, sptes: NDArray[np.uint64]
 ) -> None:
-    """Erase the leaves of tables that were just unlinked, and free the tables."""
+    """Erase the leaves of tables that were just unlinked, and free the tables once no reader is left."""
     for first, count in _runs(which):
         gone = erase_range(planes, base - planes.base_gfn + first * REGION_PAGES, count * REGION_PAGES)
         mmu.stats.update_page_stats(PG_LEVEL_4K, -gone)
-    root.n_tables[PG_LEVEL_4K] -= len(which)
+
+    def free() -> None:
+        root.n_tables[PG_LEVEL_4K] -= len(which)
+
+    mmu.rcu.call(free)
     if len(mmu.nx):
         for spte in sptes.tolist():
             if mmu.nx.discard(root, mmu.fmt.pfn(spte)):

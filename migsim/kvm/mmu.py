@@ -193,11 +193,8 @@ class Mmu:
 
     def slot_disable_log(self, slot: Memslot) -> None:
         """The LOG flag was cleared: make small mappings huge again. Write protection stays; faults will undo it."""
-        flush = False
         for part in self.parts:
-            flush = part.collapse_slot(slot) or flush
-        if flush:
-            self.vm.flush_remote_tlbs_memslot(slot)
+            part.collapse_slot(slot)
 
     def enable_log_dirty_pt_masked(self, slot: Memslot, gfn_offset: int, mask: int) -> None:
         """Re-arm the pages base_gfn + gfn_offset + (set bits of the 64-bit `mask`); the caller flushes the slot.

@@ -199,9 +199,9 @@ class NestedGuest:
             access=access, host_writable=fault.host_writable, ad_type=self.ad_type,
             write_tracked=self.mmu.is_write_tracked(slot, fault.gfn), nx_huge_pages=self.mmu.nx_huge_pages,
         )  # fmt: skip
+        self.shadow.mark_writable(fault, made.spte, level)
         entry = spte_index(l2_gfn, level)
         if page.read(page.at(entry)) == made.spte:
-            return RetPf.SPURIOUS
+            return RetPf.WRITE_PROTECTED if made.wrprot and fault.write else RetPf.SPURIOUS
         self.shadow.pages.set_leaf(page, entry, gfn_round(fault.gfn, level), made.spte)
-        self.shadow.mark_writable(fault, made.spte, level)
         return RetPf.WRITE_PROTECTED if made.wrprot and fault.write else RetPf.FIXED

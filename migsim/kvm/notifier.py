@@ -34,13 +34,14 @@ def set_spte_gfn(mmu: MmuState, root: Root, gfn: int, pfn: int, *, writable: boo
 
     Until Linux 6.10 (changed_pte). A writable replacement is left to the next fault.
     """
-    for it in for_each_tdp_pte(root, gfn, gfn + 1):
-        if it.level != PG_LEVEL_4K or not mmu.fmt.is_present(it.old_spte):
-            continue
-        old = it.old_spte
-        set_spte(mmu, it, mmu.fmt.nonpresent)
-        mmu.flush_gfn(root, gfn, 1)
-        if not writable:
-            set_spte(mmu, it, change_pfn(mmu.fmt, old, pfn))
-        return True
+    with mmu.rcu.read():
+        for it in for_each_tdp_pte(root, gfn, gfn + 1):
+            if it.level != PG_LEVEL_4K or not mmu.fmt.is_present(it.old_spte):
+                continue
+            old = it.old_spte
+            set_spte(mmu, it, mmu.fmt.nonpresent)
+            mmu.flush_gfn(root, gfn, 1)
+            if not writable:
+                set_spte(mmu, it, change_pfn(mmu.fmt, old, pfn))
+            return True
     return False

@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
+from migsim.kvm.changed_spte import assert_protected
 from migsim.kvm.host_mm import Gup, HostPage
 from migsim.kvm.levels import PageFault, hugepage_adjust
 from migsim.kvm.make_spte import restore_acc_track
@@ -93,6 +94,7 @@ def _fast_try(mmu: MmuState, root: Root, fault: PageFault) -> RetPf | None:
             return RetPf.INVALID
     if new == old or not fmt.allows(new, write=fault.write, exec=fault.exec):
         return RetPf.INVALID
+    assert_protected(mmu, fault.gfn, lockless=True)
     fixed = root.cmpxchg(at, old, new)
     mmu.vm.trace(
         "fast_page_fault",

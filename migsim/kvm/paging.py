@@ -9,7 +9,7 @@ LEAF_TABLE_PFN_BASE + (gfn >> 9), so the pointer alone says which leaves are mea
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -204,10 +204,16 @@ class PagingStructure:
             self._write_leaf(self.gfn_of(at), spte)
         return old
 
-    def cmpxchg(self, at: Sptep, old: int, new: int) -> bool:
-        """Store `new` if the SPTE still is `old`."""
+    def cmpxchg(self, at: Sptep, old: int, new: int, publish: Callable[[], None] | None = None) -> bool:
+        """Store `new` if the SPTE still is `old`. `publish` runs in the same step, just before the store.
+
+        It is for the leaves of a table that is being linked: they lie in planes, which belong to whichever table is
+        linked, so they cannot be filled in while the table is still private.
+        """
         if self.read(at) != old:
             return False
+        if publish is not None:
+            publish()
         self.write(at, new)
         return True
 

@@ -191,12 +191,17 @@ class ShadowMmu:
                 if mask >> bit & 1:
                     self._change(slot, gfn + bit, PG_LEVEL_4K, lambda spte: self._rearm(spte, wrprot=wrprot))
 
-    def collapse_slot(self, slot: Memslot) -> bool:
-        """Drop every leaf of a direct table that could be mapped larger; the table stays, empty."""
+    def collapse_slot(self, slot: Memslot) -> None:
+        """Drop every leaf of a direct table that could be mapped larger; the table stays, empty. Then flush."""
         if not self.direct:
-            return False
-        changed = False
+            return
         with self._write():
+            if self._drop_small_leafs(slot):
+                self.mmu.vm.flush_remote_tlbs_memslot(slot)
+
+    def _drop_small_leafs(self, slot: Memslot) -> bool:
+        changed = False
+        with self.mmu.rcu.read():
             if whole_slot.suits(self.mmu, slot.npages) and not len(self.rmap) and slot.base_gfn % REGION_PAGES == 0:
                 zapped = sum(zap_small_leafs(self.mmu, root, slot) for root in self.mmu.roots.valid(slot.as_id))
                 self.mmu.vm.meter.count("rmap_walk", zapped)

@@ -102,17 +102,17 @@ def _could_be_huge(mmu: MmuState, slot: Memslot, it: TdpIter, start: int, end: i
     return max_mapping_level(mmu, slot, it.gfn) >= it.level
 
 
-def zap_collapsible_5_10(mmu: MmuState, root: Root, slot: Memslot) -> bool:
+def zap_collapsible_5_10(mmu: MmuState, root: Root, slot: Memslot) -> None:
     """As first merged: asks whether the *table's* frame is part of a huge page, which it never is. Recovers nothing."""
-    for it in for_each_tdp_pte(root, slot.base_gfn, slot.end_gfn):
-        if not mmu.fmt.is_present(it.old_spte) or it.is_leaf:
-            continue
-        frame = mmu.fmt.pfn(it.old_spte)
-        assert root.level_of(frame) == it.level - 1, f"gfn {it.gfn:#x}: frame {frame:#x} is not a page table"
-    return False
+    with mmu.rcu.read():
+        for it in for_each_tdp_pte(root, slot.base_gfn, slot.end_gfn):
+            if not mmu.fmt.is_present(it.old_spte) or it.is_leaf:
+                continue
+            frame = mmu.fmt.pfn(it.old_spte)
+            assert root.level_of(frame) == it.level - 1, f"gfn {it.gfn:#x}: frame {frame:#x} is not a page table"
 
 
-def zap_collapsible_leafs(mmu: MmuState, root: Root, slot: Memslot) -> bool:
+def zap_collapsible_leafs(mmu: MmuState, root: Root, slot: Memslot) -> None:
     """5.12 to 5.18: zap each leaf that could be larger, with a flush for every one of them."""
     with mmu.rcu.read():
         for it in for_each_tdp_pte(root, slot.base_gfn, slot.end_gfn):
@@ -120,10 +120,9 @@ def zap_collapsible_leafs(mmu: MmuState, root: Root, slot: Memslot) -> bool:
                 continue
             while it.is_leaf and it.level < max_mapping_level(mmu, slot, it.gfn) and not zap_spte_atomic(mmu, it):
                 pass
-    return False
 
 
-def zap_collapsible_tables(mmu: MmuState, root: Root, slot: Memslot) -> bool:
+def zap_collapsible_tables(mmu: MmuState, root: Root, slot: Memslot) -> None:
     """5.19 to 6.12: zap every table whose range could be one page; later faults map it huge."""
     with mmu.rcu.read():
         for it in for_each_tdp_pte(root, slot.base_gfn, slot.end_gfn, PG_LEVEL_2M):
@@ -131,11 +130,13 @@ def zap_collapsible_tables(mmu: MmuState, root: Root, slot: Memslot) -> bool:
                 continue
             while _could_be_huge(mmu, slot, it, slot.base_gfn, slot.end_gfn) and not zap_spte_atomic(mmu, it):
                 pass
-    return False
 
 
-def recover_huge_pages(mmu: MmuState, root: Root, slot: Memslot) -> bool:
-    """6.13: rebuild the huge leaf in place from the table's first present leaf. True: one flush is due at the end."""
+def recover_huge_pages(mmu: MmuState, root: Root, slot: Memslot) -> None:
+    """6.13: rebuild the huge leaf in place from the table's first present leaf, with one flush at the end.
+
+    The flush comes while RCU still holds the tables back: a CPU may be walking them until it is done.
+    """
     flush = False
     with mmu.rcu.read():
         for it in for_each_tdp_pte(root, slot.base_gfn, slot.end_gfn, PG_LEVEL_2M):
@@ -150,7 +151,8 @@ def recover_huge_pages(mmu: MmuState, root: Root, slot: Memslot) -> bool:
                 if set_spte_atomic(mmu, it, huge):
                     flush = True
                     break
-    return flush
+        if flush:
+            mmu.vm.flush_remote_tlbs_memslot(slot)
 
 
 def _first_leaf(root: Root, table: TdpIter) -> int | None:

@@ -81,19 +81,22 @@ def link_table(mmu: MmuState, it: TdpIter) -> bool:
 def split_huge_page(mmu: MmuState, it: TdpIter) -> bool:
     """Replace a huge leaf by a table of 512 leaves with the same frames, permissions, W and D. Needs no TLB flush.
 
-    The children of a 2M page lie in the planes, which the table owns from the moment it is linked; they are filled in
-    the same step, so no walker can see the table without them.
+    The table is filled before it is linked, so no walker can see it without its children (`publish`: those of a 2M
+    page lie in planes that the table owns only from the moment it is linked).
     """
     root, huge, level = it.root, it.old_spte, it.level
     table = root.alloc_table(level - 1, it.gfn)
-    if not set_spte_atomic(mmu, it, make_nonleaf_spte(mmu.fmt, table, root.ad_type)):
+
+    def fill() -> None:
+        for entry in range(ENTRIES):
+            child = make_split_spte(mmu.fmt, huge, level, entry, nx_huge_pages=mmu.nx_huge_pages)
+            root.write(Sptep(table, entry), child)
+
+    if not set_spte_atomic(mmu, it, make_nonleaf_spte(mmu.fmt, table, root.ad_type), publish=fill):
         root.free_table(table)
         return False
     mmu.vm.trace("kvm_mmu_split_huge_page", gfn=it.gfn, spte=huge, level=level, errno=0)
     mmu.vm.meter.count("huge_page_split")
-    for entry in range(ENTRIES):
-        child = make_split_spte(mmu.fmt, huge, level, entry, nx_huge_pages=mmu.nx_huge_pages)
-        root.write(Sptep(table, entry), child)
     mmu.stats.update_page_stats(level - 1, ENTRIES)
     return True
 
@@ -104,28 +107,30 @@ def map_target_level(mmu: MmuState, fault: PageFault, it: TdpIter) -> RetPf:
     allowed = it.is_leaf and fmt.allows(old, write=fault.write, exec=fault.exec)
     if it.is_leaf and (fault.prefetch or allowed):
         return RetPf.SPURIOUS
-    wrprot = False
+    wrprot, generation = False, 0
     if slot is None:
         generation = mmu.vm.memslots(it.root.as_id).generation
         new = make_mmio_spte(fmt, generation=generation, gfn=fault.gfn)
-        mmu.vm.trace("mark_mmio_spte", sptep=it.at.table_pfn, gfn=fault.gfn, access=ACC_ALL, gen=generation)
     else:
         new, wrprot = make_fault_spte(mmu, it.root, fault, it.level)
+        if mmu.vintage.marks_before_install:  # a lost race then leaves one page too many in the log, never one too few
+            mark_made_writable(mmu, fault, new, it.level)
+    result = RetPf.FIXED
     if new == old:
-        return RetPf.SPURIOUS
-    if not set_spte_atomic(mmu, it, new):
+        result = RetPf.SPURIOUS
+    elif not set_spte_atomic(mmu, it, new):
         return RetPf.RETRY
-    if fmt.is_present(old) and _needs_flush(mmu, old, new, it.level):
+    elif fmt.is_present(old) and _needs_flush(mmu, old, new, it.level):
         mmu.flush_gfn(it.root, it.gfn, pages_per_level(it.level))
+    # What is to be emulated is so whether or not anything changed: else the vCPU would fault for ever.
+    if wrprot and fault.write:
+        result = RetPf.WRITE_PROTECTED if mmu.vintage.write_protected else RetPf.EMULATE
     if slot is None:
         mmu.stats.count_vcpu(fault.vcpu.id, "pf_mmio_spte_created")
+        mmu.vm.trace("mark_mmio_spte", sptep=it.at.table_pfn, gfn=fault.gfn, access=ACC_ALL, gen=generation)
         return RetPf.EMULATE
-    if mmu.vintage.marks_in_make_spte:
-        mark_made_writable(mmu, fault, new, it.level)
     trace_set_spte(mmu, it.gfn, new, it.level)
-    if wrprot and fault.write:
-        return RetPf.WRITE_PROTECTED if mmu.vintage.write_protected else RetPf.EMULATE
-    return RetPf.FIXED
+    return result
 
 
 def _needs_flush(mmu: MmuState, old: int, new: int, level: int) -> bool:
@@ -154,7 +159,7 @@ def make_fault_spte(mmu: MmuState, root: Root, fault: PageFault, level: int) -> 
 
 
 def mark_made_writable(mmu: MmuState, fault: PageFault, spte: int, level: int) -> None:
-    """A leaf with W was installed in a logged slot: the page counts as dirty from now on."""
+    """A leaf with W is about to be installed in a logged slot: the page counts as dirty from now on."""
     slot = fault.slot
     if slot is None or not slot.logging or not mmu.fmt.is_writable(spte):
         return

@@ -67,10 +67,11 @@ class TdpMmu:
             for root in self.mmu.roots.valid(slot.as_id):
                 clear_dirty_pt_masked(self.mmu, root, gfn, mask, wrprot=wrprot)
 
-    def collapse_slot(self, slot: Memslot) -> bool:
-        """Logging is off: make small mappings huge again, in the vintage's way."""
+    def collapse_slot(self, slot: Memslot) -> None:
+        """Logging is off: make small mappings huge again, in the vintage's way; each root flushes for itself."""
         with self.mmu.lock.read():
-            return sum(collapse_slot(self.mmu, root, slot) for root in self.mmu.roots.valid(slot.as_id)) > 0
+            for root in self.mmu.roots.valid(slot.as_id):
+                collapse_slot(self.mmu, root, slot)
 
     # -- zapping -----------------------------------------------------------------------------------------------------
 

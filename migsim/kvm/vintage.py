@@ -19,13 +19,13 @@ class Vintage:
     format_5_10: SPTE software bits at 10 and 11, non-present is 0. shared_lock: rwlock, faults and slot-wide walks
     take it for read (5.12). fast_page_fault: lockless repair (TDP: 5.15). fast_zap: zap-all by invalidating roots
     (5.13). eager_split: huge pages split when logging is enabled or cleared (5.18). splits_on_fault: a huge page in
-    the way is split with its 512 translations, not zapped to an empty table (6.2). marks_in_make_spte: dirty marking
-    moved out of the change handler. age_clears_dirty, changed_pte (until 6.10), protects_huge_at_enable (INITIALLY_SET,
-    5.7 to 5.10), zaps_tables (range zaps take whole tables along): 5.10 habits. disable: what disabling the log
-    does: 5.10 tests the wrong frame and zaps nothing
-    (fixed by 3eda3381), then leaf by leaf, then tables (5ba7c4c6), then in-place recovery (6.13). nx_skips_logged: NX
-    recovery leaves tables of logged slots (eb298605). write_protected: RET_PF_WRITE_PROTECTED exists (6.12).
-    lockless_aging: aging needs RCU alone, or the rmap head's lock bit (6.14).
+    the way is split with its 512 translations, not zapped to an empty table (6.2). marks_before_install: a page is
+    marked while its SPTE is made, no longer by the change handler after the store. age_clears_dirty, changed_pte
+    (until 6.10), protects_huge_at_enable (INITIALLY_SET, 5.7 to 5.10), zaps_tables (range zaps take whole tables
+    along): 5.10 habits. disable: what disabling the log does: 5.10 tests the wrong frame and zaps nothing (fixed by
+    3eda3381), then leaf by leaf, then tables (5ba7c4c6), then in-place recovery (6.13). nx_skips_logged: NX recovery
+    leaves tables of logged slots (eb298605). write_protected: RET_PF_WRITE_PROTECTED exists (6.12). lockless_aging:
+    aging needs RCU alone, or the rmap head's lock bit (6.14).
     tdp: the TDP MMU serves direct roots; else the shadow MMU does.
     """
 
@@ -37,7 +37,7 @@ class Vintage:
     fast_zap: bool = True
     eager_split: bool = True
     splits_on_fault: bool = True
-    marks_in_make_spte: bool = True
+    marks_before_install: bool = True
     age_clears_dirty: bool = False
     changed_pte: bool = False
     protects_huge_at_enable: bool = False
@@ -61,7 +61,7 @@ TDP_5_10: Final = Vintage(
     fast_zap=False,
     eager_split=False,
     splits_on_fault=False,
-    marks_in_make_spte=False,
+    marks_before_install=False,
     age_clears_dirty=True,
     changed_pte=True,
     protects_huge_at_enable=True,

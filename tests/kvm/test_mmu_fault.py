@@ -25,10 +25,10 @@ def race_once(monkeypatch: pytest.MonkeyPatch, between) -> None:
     """Run `between` just before the next compare-exchange of an SPTE, as another CPU would."""
     honest, armed = PagingStructure.cmpxchg, [True]
 
-    def cmpxchg(self: PagingStructure, at: Sptep, old: int, new: int) -> bool:
+    def cmpxchg(self: PagingStructure, at: Sptep, old: int, new: int, publish=None) -> bool:
         if armed.pop() if armed else False:
             between()
-        return honest(self, at, old, new)
+        return honest(self, at, old, new, publish)
 
     monkeypatch.setattr(PagingStructure, "cmpxchg", cmpxchg)
 

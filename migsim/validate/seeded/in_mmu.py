@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from migsim.validate.seeded.bug import bug, each_vcpu, swap, swap_shared
@@ -23,6 +23,24 @@ def yield_without_progress(vm: Any, undo: ExitStack) -> None:
 
     swap_shared(TdpIter, "restart", make, undo)
     vm.mmu.state.sched.need_resched = lambda: True
+
+
+@bug("walk-outside-rcu", "rule of 7cca2d0b", "K", *RANDOM_W)
+def walk_outside_rcu(vm: Any, undo: ExitStack) -> None:
+    """Write-protecting a slot walks its tables without an RCU read section: they may be freed under the walk."""
+
+    def make(wrprot_slot: Any) -> Any:
+        def unprotected(slot: Any, min_level: int) -> bool:
+            rcu = vm.mmu.state.rcu
+            rcu.read = nullcontext
+            try:
+                return bool(wrprot_slot(slot, min_level))
+            finally:
+                del rcu.read
+
+        return unprotected
+
+    swap(vm.mmu.tdp, "wrprot_slot", make)
 
 
 @bug("yield-advances", "3a0f64de", "L", "random")
@@ -277,7 +295,7 @@ def clear_splits_one_short(vm: Any, undo: ExitStack) -> None:
 @bug("disable-recovers-nothing", "3eda3381", "P", "dirty_log_page_splitting_test")
 def disable_recovers_nothing(vm: Any, undo: ExitStack) -> None:
     """Disabling the log asks whether the page table's own frame is huge, which it never is."""
-    vm.mmu.tdp.collapse_slot = lambda slot: False
+    vm.mmu.tdp.collapse_slot = lambda slot: None
 
 
 @bug("nx-recovery-zaps-logged", "eb298605", "P", "nx_huge_pages_test")
