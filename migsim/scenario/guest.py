@@ -16,10 +16,10 @@ from msgspec.structs import force_setattr, replace
 
 from migsim.quantities import in_words
 from migsim.scenario.errors import ScenarioError
-from migsim.scenario.fields import duration, share, size, size_or_share, write_rate
+from migsim.scenario.fields import bandwidth, duration, share, size, size_or_share, write_rate
 from migsim.units import GIB, MIB, PAGE_SIZE
 
-__all__ = ["BACKING_BYTES", "Backing", "Extent", "Guest", "Pattern", "Rom", "Workload", "WorkloadPhase"]
+__all__ = ["BACKING_BYTES", "Backing", "Device", "Extent", "Guest", "Pattern", "Rom", "Workload", "WorkloadPhase"]
 
 Pattern = Literal["uniform", "sequential", "hot-cold", "zipf", "idle"]
 Backing = Literal["4K", "2M", "1G"]
@@ -113,6 +113,20 @@ class Rom(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fiel
         _check_extents("data", self.data, self.size)
 
 
+class Device(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """A VFIO device that migrates in stages. Without pre-copy support `initial` is 0 and all of it is stop-copy."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=255)] = "vfio"
+    initial: Annotated[int, size("pre-copy state, sent and loaded while the guest runs", le=1 << 50)] = 0
+    dirty_rate: Annotated[int, bandwidth("how fast pre-copy state changes again, at most all of it")] = 0
+    stop_copy: Annotated[int, size("state that can be read only with the device stopped", le=1 << 50)] = 0
+    load: Annotated[int, duration("of the destination's device, from its last byte to ready")] = 0
+
+    def __post_init__(self) -> None:
+        if self.dirty_rate and not self.initial:
+            raise ScenarioError("dirty-rate", 'is of the pre-copy state; give "initial" too', value=self.dirty_rate)
+
+
 class Guest(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     """The machine. `populated`: share of memory ever touched, from the start of RAM. `zero`: share of the pages that
     are all zero, at the end of RAM; untouched pages read as zeros, so it is at least 1 - populated (its default)."""
@@ -128,6 +142,7 @@ class Guest(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fi
     device_state: Annotated[int, size("state of the devices, sent while stopped", le=64 * GIB)] = 4 * MIB
     data: Annotated[tuple[Extent, ...] | None, Meta(description="RAM that is not zero; default: all but `zero`")] = None
     rom: tuple[Rom, ...] = ()
+    device: tuple[Device, ...] = ()
     workload: tuple[Workload, ...] = ()
 
     def __post_init__(self) -> None:

@@ -28,6 +28,8 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
         """Capabilities that exclude each other are refused as QEMU refuses them, in its words."""
         host = HostFeatures(dirty_ring=self.kvm.dirty_ring_size > 0)
         migration = self.migration
+        if self.guest.device and migration.compat == "7.2":
+            raise ScenarioError("guest.device", 'VFIO migration is that of QEMU 8.1 and later; use compat = "10.0"')
         try:
             check(migration.capabilities, migration.compat, host=host, parameters=migration.parameters())
         except QmpError as error:
