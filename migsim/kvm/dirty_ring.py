@@ -161,7 +161,12 @@ class DirtyRings:
         self._vm.flush_remote_tlbs()
 
     def reset_ring(self, vcpu: Vcpu, limit: int) -> tuple[int, bool]:
-        """One ring: (entries taken back, whether a signal broke it off)."""
+        """One ring: (entries taken back, whether a signal broke it off).
+
+        A signal leaves nothing unprotected here. Linux since 49005a2a (6.17) returns at once instead, without
+        re-arming the entries it has gathered: they are empty by then, so their pages stay writable with nobody to
+        report them. The seeded bug ring-reset-signal-drops-batch is that kernel.
+        """
         ring = vcpu.dirty_ring
         assert ring is not None, f"vCPU {vcpu.id} of a ring VM has no ring"
         pending: tuple[int, int, int] | None = None  # slot, offset, mask

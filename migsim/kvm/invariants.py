@@ -52,9 +52,7 @@ def counter_violations(mmu: MmuState) -> Iterator[str]:
     """Of these all but the planes against each other: what may be asked at any moment."""
     yield from stat_violations(mmu)
     yield from lock_violations(mmu)
-    for root in mmu.roots:
-        if root.root_count <= 0:
-            yield f"{root!r} is listed without a reference"
+    yield from reference_violations(mmu)
 
 
 def stat_violations(mmu: MmuState) -> Iterator[str]:
@@ -97,6 +95,19 @@ def _count_huge(mmu: MmuState, root: Root) -> Iterator[tuple[int, int]]:
             counts = huge_leafs(mmu.fmt, block).sum(axis=1)
             for level in range(PG_LEVEL_2M, MAX_HUGEPAGE_LEVEL + 1):
                 yield level, int(counts[levels == level].sum())
+
+
+def reference_violations(mmu: MmuState) -> Iterator[str]:
+    """8: a root has one reference for each vCPU that has loaded it, and the MMU's own until it has been zapped."""
+    holders = Counter(map(id, mmu.loaded.values()))
+    for root in mmu.roots:
+        expected = holders[id(root)] + (not root.invalid or root.zap_scheduled)
+        if root.root_count != expected or root.root_count <= 0:
+            yield f"{root!r} has {root.root_count} references, {expected} holders are known"
+    listed = {id(root) for root in mmu.roots}
+    for vcpu_id, root in mmu.loaded.items():
+        if id(root) not in listed:
+            yield f"vCPU {vcpu_id} has loaded {root!r}, which was freed"
 
 
 def lock_violations(mmu: MmuState) -> Iterator[str]:

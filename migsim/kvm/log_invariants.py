@@ -6,12 +6,16 @@ guests and tests. Source: the rules above kvm_get_dirty_log_protect and in Linux
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.uapi import KVM_DIRTY_GFN_F_DIRTY, KVM_DIRTY_GFN_F_RESET
 from migsim.planes import tail_mask
+from migsim.units import pages_per_level
 
 if TYPE_CHECKING:
     from migsim.kvm.tlb import Translation
@@ -55,19 +59,37 @@ def _stronger(vm: Vm, cached: Translation, spte: int, level: int, *, by_d: bool)
 
 
 def untraced_pages(vm: Vm) -> Iterator[str]:
-    """A page of a logged slot that is not in the log (nor in a PML buffer) must be noticed when next written."""
-    logged = {gpa >> 12 for vcpu in vm.vcpus for gpa in vcpu.pml.pending()}
+    """A clean page of a logged slot must be noticed when it is next written.
+
+    Clean: not in the slot's bitmap, nor named by a ring entry that was pushed and not reset, nor by a PML buffer of a
+    vCPU in the slot's address space.
+    """
     for as_id in range(vm.config.nr_as_ids):
+        shadowed = _writable_for_l2(vm, as_id)
         for slot in vm.memslots(as_id):
-            if slot.dirty_bitmap is None or slot.readonly:
+            if not slot.logging or slot.readonly:
                 continue
+            log, traced = slot.dirty_bitmap, _traced(vm, slot)
             for offset in range(slot.npages):
-                gfn = slot.base_gfn + offset
-                if not slot.dirty_bitmap.get(offset) and gfn not in logged:
-                    yield from _silent_ways(vm, slot, gfn)
+                if offset not in traced and not (log is not None and log.get(offset)):
+                    yield from _silent_ways(vm, slot, slot.base_gfn + offset, shadowed)
 
 
-def _silent_ways(vm: Vm, slot: Memslot, gfn: int) -> Iterator[str]:
+def _traced(vm: Vm, slot: Memslot) -> set[int]:
+    """Pages of a slot in the rings between reset_index and dirty_index, or in the PML buffers of its address space."""
+    pages = set()
+    for vcpu in vm.vcpus:
+        if vcpu.as_id == slot.as_id:
+            pages |= {(gpa >> 12) - slot.base_gfn for gpa in vcpu.pml.pending()}
+        ring = vcpu.dirty_ring
+        if ring is not None and ring.used <= ring.size:
+            at = (ring.reset_index + np.arange(ring.used)) % ring.size
+            pages |= set(ring.entries["offset"][at[ring.entries["slot"][at] == slot.key]].tolist())
+    return pages
+
+
+def _silent_ways(vm: Vm, slot: Memslot, gfn: int, shadowed: dict[int, list[str]]) -> Iterator[str]:
+    page = f"slot {slot.key:#x} page {gfn - slot.base_gfn}: clean, yet"
     for root in vm.mmu.valid_roots(slot.as_id):
         fmt = vm.mmu.fmt
         spte, level = vm.mmu.walk(root, gfn)
@@ -75,11 +97,36 @@ def _silent_ways(vm: Vm, slot: Memslot, gfn: int) -> Iterator[str]:
             continue
         pml_sees = vm.pml_enabled and level == 1 and not fmt.ad_need_write_protect(spte) and not spte & fmt.dirty
         if not pml_sees:
-            yield f"slot {slot.key:#x} page {gfn - slot.base_gfn}: clean, yet SPTE {spte:#x} lets stores pass"
+            yield f"{page} SPTE {spte:#x} lets stores pass"
+    yield from (f"{page} {how}" for how in shadowed.get(gfn, ()))
     for vcpu in vm.vcpus:
         cached = vcpu.tlb.lookup(vcpu.root, gfn) if vcpu.as_id == slot.as_id else None
         if cached is not None and cached.silent_store:
-            yield f"slot {slot.key:#x} page {gfn - slot.base_gfn}: clean, yet vCPU {vcpu.id} may store unseen"
+            yield f"{page} vCPU {vcpu.id} may store unseen"
+
+
+def _writable_for_l2(vm: Vm, as_id: int) -> dict[int, list[str]]:
+    """L1 gfn -> how a nested guest may store there: SPTEs of its shadow pages, and translations made from them.
+
+    W alone decides: PML is off while L2 runs.
+    """
+    ways: defaultdict[int, list[str]] = defaultdict(list)
+    for level, gfn, entry in vm.mmu.shadow.rmap.shadowed_in(as_id, 0, 1 << 52):
+        spte = entry.table.read(entry.at)
+        if vm.mmu.fmt.is_writable(spte):
+            for mapped in range(gfn, gfn + pages_per_level(level)):
+                ways[mapped].append(f"SPTE {spte:#x} of a nested guest lets stores pass")
+    for vcpu in vm.vcpus:
+        l2 = vcpu.l2
+        if l2 is None or l2.as_id != as_id:
+            continue
+        for tag, cached in vcpu.tlb:
+            walked = l2.walk_guest(cached.gfn) if tag is l2 and cached.silent_store else None
+            if walked is not None:
+                first = walked.pte.gfn + cached.gfn % pages_per_level(walked.level)
+                for mapped in range(first, first + pages_per_level(cached.level)):
+                    ways[mapped].append(f"vCPU {vcpu.id} may store unseen from L2")
+    return ways
 
 
 def stray_tail_bits(vm: Vm) -> Iterator[str]:
@@ -92,21 +139,28 @@ def stray_tail_bits(vm: Vm) -> Iterator[str]:
 
 
 def ring_indices(vm: Vm) -> Iterator[str]:
-    """Between reset_index and dirty_index every entry is DIRTY or RESET; a ring never holds more than its size."""
+    """Between reset_index and dirty_index come the RESET entries, then the DIRTY ones, none empty.
+
+    One exit pushes no more than the reserve above the soft limit holds, so a ring is never full.
+    """
     for vcpu in vm.vcpus:
         ring = vcpu.dirty_ring
         if ring is None:
             continue
-        if ring.used > ring.size:
+        if ring.used >= ring.size:
             yield f"vCPU {vcpu.id}: ring of {ring.size} entries uses {ring.used} (user space reset what was not pushed)"
             continue
-        yield from _empty_entries(vcpu)
+        yield from _entries_in_order(vcpu)
 
 
-def _empty_entries(vcpu: Vcpu) -> Iterator[str]:
+def _entries_in_order(vcpu: Vcpu) -> Iterator[str]:
     ring = vcpu.dirty_ring
     assert ring is not None
+    waiting = False
     for index in range(ring.reset_index, ring.reset_index + ring.used):
         flags = int(ring.entries["flags"][index & (ring.size - 1)])
         if not flags & (KVM_DIRTY_GFN_F_DIRTY | KVM_DIRTY_GFN_F_RESET):
             yield f"vCPU {vcpu.id}: ring entry {index} is empty between reset_index and dirty_index"
+        elif flags & KVM_DIRTY_GFN_F_RESET and waiting:
+            yield f"vCPU {vcpu.id}: ring entry {index} was given back before one that was pushed earlier"
+        waiting = waiting or not flags & KVM_DIRTY_GFN_F_RESET

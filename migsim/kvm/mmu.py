@@ -38,7 +38,7 @@ class Mmu:
         self.shadow = ShadowMmu(self.state, self.track_writes, self.untrack_writes)
         self.tdp = TdpMmu(self.state)
         self.parts: tuple[ShadowMmu | TdpMmu, ...] = (self.shadow, self.tdp) if self.tdp_enabled else (self.shadow,)
-        self._loaded: dict[int, Root] = {}
+        self._loaded = self.state.loaded
 
     @property
     def fmt(self) -> SpteFormat:

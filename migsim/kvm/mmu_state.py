@@ -190,6 +190,7 @@ class MmuState:
         self.nx_huge_pages = config.nx_huge_pages  # KVM_CAP_VM_DISABLE_NX_HUGE_PAGES may clear it
         self.lock = MmuLock(vm.meter, shared=self.vintage.shared_lock)
         self.roots = RootList()
+        self.loaded: dict[int, Root] = {}  # vCPU id -> the root it holds a reference to
         self.rcu = Rcu()
         self.sched = Sched()
         self.nx = NxList()

@@ -215,6 +215,38 @@ def ring_reset_ignores_signals(vm: Any, undo: ExitStack) -> None:
     swap(vm.dirty_rings, "reset_ring", make)
 
 
+@bug("ring-reset-signal-drops-batch", "open since 49005a2a", "L", "dirty_ring/a signal stops the reset")
+def ring_reset_signal_drops_batch(vm: Any, undo: ExitStack) -> None:
+    """RESET that a signal breaks off leaves without re-arming the entries it has gathered and emptied."""
+    rings, interrupted = vm.dirty_rings, [False]
+
+    def make(rearm: Any) -> Any:
+        def unless_interrupted(slot_key: int, offset: int, mask: int) -> None:
+            if not interrupted[0]:
+                rearm(slot_key, offset, mask)
+
+        return unless_interrupted
+
+    def make_reset(reset_ring: Any) -> Any:
+        def broken_off(vcpu: Any, limit: int) -> Any:
+            pending = vm.signal_pending
+
+            def notice() -> bool:
+                interrupted[0] = pending()
+                return interrupted[0]
+
+            vm.signal_pending = notice
+            try:
+                return reset_ring(vcpu, limit)
+            finally:
+                vm.signal_pending, interrupted[0] = pending, False
+
+        return broken_off
+
+    swap(rings, "rearm", make)
+    swap(rings, "reset_ring", make_reset)
+
+
 @bug("ring-offset-wraps", "fixes fb04a1ed, 2026", "K", "dirty_ring/corrupt entries")
 def ring_offset_wraps(vm: Any, undo: ExitStack) -> None:
     """The bound test of a ring entry adds in 64 bits and wraps: a corrupt offset passes."""
