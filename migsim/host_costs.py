@@ -93,7 +93,15 @@ class HostCosts:
         if not self.kvm:
             return own
         setup = {"qemu_setup": own.get("qemu_setup", ASSUMED_NS["qemu_setup"]) + self.enable_ns()}
-        return {**own, **setup, "kvm_clear": self.clear.call_ns, "kvm_clear_page": self.clear.page_ns}
+        return {**own, **setup, **self._clear_ns()}
+
+    def _clear_ns(self) -> dict[str, float]:
+        clear = self.clear
+        return {
+            "kvm_clear": clear.call_ns,
+            "kvm_clear_stopped": clear.stopped_call_ns,
+            "kvm_clear_page": clear.page_ns,
+        }
 
     def enable_ns(self) -> int:
         """KVM_MEM_LOG_DIRTY_PAGES on every slot: what it does to the populated part, and the bitmaps of all of it."""

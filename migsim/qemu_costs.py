@@ -29,12 +29,15 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_bitmap_word": 1.0,
     "qemu_section": 2_000.0,
     "kvm_clear": 5_000.0,
+    "kvm_clear_stopped": 5_000.0,  # the same with every vCPU out of the guest: requests set, nobody kicked
     "kvm_clear_page": 7.0,  # a real KVM_CLEAR_DIRTY_LOG on a development machine: about 7 ns a page
     "qemu_sync": 100_000.0,
     "qemu_sync_page": 0.05,  # 1/8 byte a page, copied and scanned four times at 10 GB/s
     "qemu_stop": 2_000_000.0,
     "qemu_stop_vcpu": 20_000.0,
     "qemu_device_state": 10_000_000.0,
+    "qemu_device_load": 5_000_000.0,  # the destination, from the last byte until all but VFIO devices have their state
+    "qemu_vfio_byte": 0.2,  # reading device state out of the kernel driver, 5 GB/s
     "qemu_resume": 0.0,  # from the source's end until the destination's vCPUs run
     "qemu_setup": 1_000_000.0,
     "qemu_xbzrle": 1_500.0,  # a page compared with its cached copy and encoded
@@ -84,6 +87,7 @@ class QemuCosts:
             clear_page_ps=round(self.ns("kvm_clear_page") * PS_PER_NS),
             normal_bytes=normal_bytes,
             zero_bytes=ZERO_PAGE,
+            clear_stopped_ps=round(self.ns("kvm_clear_stopped") * PS_PER_NS),
         )
 
     def _page_ns(self) -> float:
@@ -115,6 +119,8 @@ class QemuCosts:
         """Costs of the loop's own steps."""
         return LoopCosts(
             setup_bytes=self.setup_bytes(),
+            load_ns=round(self.ns("qemu_device_load")),
+            latency_ns=self.scenario.link.latency,
             resume_ns=round(self.ns("qemu_resume")),
             wake_ns=round(self.ns("qemu_wake")),
             window_ns=round(self.ns("qemu_window")),

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from migsim.migration.devices import DeviceSet, VfioDevice
+from migsim.migration.failure import LinkFailure
 from migsim.migration.loop_types import RamState
 from migsim.migration.multifd import REQUEUE_BUSY, REQUEUE_IDLE, MultifdRam
 from migsim.migration.policies.choice import platform_of, throttle_of
@@ -16,21 +18,42 @@ from migsim.migration.zero_pages import rule_of
 from migsim.qemu_costs import QemuCosts
 from migsim.scenario import Scenario
 from migsim.sim.prng import stream_key
-from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
-from migsim.world import World, streams_of
+from migsim.units import MIB, NS_PER_MS, NS_PER_S, PAGE_SIZE
+from migsim.world import World, link_bytes_per_s, streams_of
 
 __all__ = ["StreamWriters", "loop_options", "wire_ram"]
 
 CLOCK = 7  # stream of the host clock's randomness: where in a ms the migration starts, how late wake-ups are
 
 
-def loop_options(scenario: Scenario, seed: int) -> dict[str, Any]:
+def loop_options(scenario: Scenario, seed: int, costs: QemuCosts) -> dict[str, Any]:
     """Keyword arguments of migration.precopy.Precopy."""
     return {
+        "devices": _devices(scenario, costs),
+        "failure": _failure(scenario),
+        "return_path": bool({"return-path", "postcopy-ram"} & set(scenario.migration.capabilities)),
         "throttle": throttle_of(scenario.migration, scenario.guest.vcpus, scenario.kvm.dirty_ring_size),
         "platform": platform_of(scenario.migration, scenario.guest.memory),
         "clock": HostClock(stream_key(seed, CLOCK) % NS_PER_MS, stream_key(seed, CLOCK, 1)),
     }
+
+
+def _failure(scenario: Scenario) -> LinkFailure | None:
+    """[link] fail-at. Lost with it: a full send buffer (tcp_wmem, 4 MiB at most, assumed) and what the wire holds."""
+    link = scenario.link
+    if link.fail_at is None:
+        return None
+    on_the_wire = int(link.latency * link_bytes_per_s(scenario, link.fail_at) / NS_PER_S)
+    recover = scenario.migration.postcopy_recover_after
+    return LinkFailure(link.fail_at, link.fail_noticed_after, recover, 4 * MIB + on_the_wire)
+
+
+def _devices(scenario: Scenario, costs: QemuCosts) -> DeviceSet:
+    return DeviceSet(
+        [VfioDevice(d.name, d.initial, d.dirty_rate, d.stop_copy, d.load) for d in scenario.guest.device],
+        round_trip_ns=2 * scenario.link.latency, byte_ns=costs.ns("qemu_vfio_byte"),
+        ack="switchover-ack" in scenario.migration.capabilities,
+    )  # fmt: skip
 
 
 def wire_ram(scenario: Scenario, ram: Ram, world: World, costs: QemuCosts) -> RamState:

@@ -39,10 +39,15 @@ ABOUT = {
     "stop": "vm_stop: every vCPU kicked and waited for",
     "pre-switchover": "the client holds the migration there",
     "final-sync": "KVM's log of every slot copied and merged",
-    "ram": "pages dirty at the stop, at line rate",
+    "suspended": "the guest was stopped before, and the migration went on",
+    "clear": "KVM_CLEAR_DIRTY_LOG of each chunk before its first page, with no vCPU running",
+    "wire": "pages dirty at the stop, at line rate",
     "device": "device state saved, sent and loaded",
+    "vfio": "state of VFIO devices that only a stopped one gives",
     "flush": "last bytes on the way",
-    "resume": "the destination's vCPUs start; QEMU's own downtime ends before",
+    "load": "the destination loads device state; in QEMU's own downtime only with a return path",
+    "resume": "the destination's vCPUs start; in QEMU's own downtime only with a return path",
+    "return-path": "the destination's end of the return path reaches the source",
     "discard": "pages still dirty named to the destination",
 }
 
@@ -122,7 +127,7 @@ def run(
     loop = Precopy(
         wire_ram(scenario, ram, world, costs), world, _knobs(scenario), costs.loop(), _limits(scenario),
         lambda now: link_bytes_per_s(scenario, now),
-        progress=_Reporter(progress, scenario, ram, costs, world, meters, watch), **loop_options(scenario, seed),
+        progress=_Reporter(progress, scenario, ram, costs, world, meters, watch), **loop_options(scenario, seed, costs),
     )  # fmt: skip
     interrupted = False
     try:
@@ -131,7 +136,7 @@ def run(
         interrupted = True
     if watch is not None and not interrupted:
         watch.at_the_end()
-    meters.finish(loop.now_ns - loop.stats.downtime_ns, loop.rounds)
+    meters.finish(loop.now_ns if loop.stopped_ns is None else loop.stopped_ns, loop.rounds)
     return _result(scenario, seed, world, ram, loop, costs, verify, interrupted, host, meters)
 
 
@@ -170,7 +175,7 @@ def _knobs(scenario: Scenario) -> Knobs:
     m = scenario.migration
     return Knobs(
         max_bandwidth=m.max_bandwidth, downtime_limit_ms=m.downtime_limit,
-        avail_switchover_bandwidth=m.avail_switchover_bandwidth,
+        avail_switchover_bandwidth=m.avail_switchover_bandwidth, max_postcopy_bandwidth=m.max_postcopy_bandwidth,
         pause_before_switchover="pause-before-switchover" in m.capabilities, compat=m.compat,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from migsim.migration.policies.protocol import VcpuDirtyRate
 from migsim.migration.ram import Saved, SaveLimits
@@ -21,6 +21,24 @@ class RamState(Protocol):
 
     def save(self, limits: SaveLimits) -> Saved:
         """ram_save_iterate until a limit or until nothing is dirty."""
+
+    def stop_vcpus(self) -> None:
+        """The vCPUs stand still: from here on a CLEAR kicks nobody."""
+
+    def enter_last_stage(self) -> None:
+        """What follows is the last pass (RAMState.last_stage), or post-copy: caches take no more pages."""
+
+    def update_rates(self) -> None:
+        """migration_update_rates: a period of statistics ends."""
+
+    def reply(self) -> dict[str, Any]:
+        """What it adds to query-migrate."""
+
+    def clear_ps(self) -> int:
+        """What all CLEARs so far cost at the present price; differences count while the price stands."""
+
+    def dirty_runs(self) -> int:
+        """Ranges of dirty pages that follow one another: what post-copy's discard commands list."""
 
 
 class Machine(Protocol):
@@ -65,13 +83,16 @@ class LoopCosts:
     sync_page_ps: int  # and for each page of RAM (bitmap copied and scanned)
     section_ns: int  # one call of the RAM handler
     device_bytes: int
-    device_ns: int  # saving and, with a return path, loading device state
+    device_ns: int  # saving device state
     flush_ns: int  # the last bytes reach the destination: latency of the link
+    load_ns: int = 0  # the destination loads it; known to the source, and counted, only with a return path
+    latency_ns: int = 0  # of the link, one way
     resume_ns: int = 0  # from the source's end to the destination's vCPUs running
     wake_ns: int = 0  # a timed wait ends this much late, on average
     window_ns: int = 0  # between reading the clock and starting the next window, on average
     setup_bytes: int = 0  # stream header, configuration and RAM's setup section
     section_header_bytes: int = 5  # written before a section's first page
+    ram_name_bytes: int = len("pc.ram")  # the block's name in post-copy's discard commands
     discard_page_ns: float = 0.0  # post-copy: naming one dirty page to the destination
     postcopy_page_ns: float = 0.0  # post-copy: one page sent, received and placed
     postcopy_run_ns: int = 0  # post-copy: from the package sent to the destination's vCPUs running

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from migsim.migration.ram import Ram, Saved, SaveLimits
 from migsim.migration.ram_kernels import END_OF_SPAN, RATE_LIMIT, TIME_LIMIT
@@ -54,6 +54,24 @@ class MultifdRam:
 
     def sync(self) -> int:
         return self.ram.sync()
+
+    def stop_vcpus(self) -> None:
+        self.ram.stop_vcpus()
+
+    def enter_last_stage(self) -> None:
+        self.ram.enter_last_stage()
+
+    def update_rates(self) -> None:
+        self.ram.update_rates()
+
+    def reply(self) -> dict[str, Any]:
+        return self.ram.reply()
+
+    def clear_ps(self) -> int:
+        return self.ram.clear_ps()
+
+    def dirty_runs(self) -> int:
+        return self.ram.dirty_runs()
 
     def save(self, limits: SaveLimits) -> Saved:
         """One section: whole packets until the limit is passed, what is left in a last one, then the barrier."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migsim.migration import switchover
+from migsim.migration.failure import pause_and_recover
 from migsim.migration.ram import PS_PER_NS, SaveLimits
-from migsim.migration.window import quantum
-from migsim.units import NS_PER_MS
+from migsim.units import NS_PER_MS, NS_PER_S
 
 if TYPE_CHECKING:
     from migsim.migration.precopy import Precopy
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["FaultCosts", "fault_latency_ns", "requests", "run"]
 
 MAX_WAIT_PS = 50 * NS_PER_MS * PS_PER_NS
+COMMAND = 1 + 2 + 2  # QEMU_VM_COMMAND, be16 command, be16 length
+RANGES = 12  # ranges a POSTCOPY_RAM_DISCARD command names, behind a version, the block's name and its zero byte
+RANGE = 8 + 8  # be64 start and length
+PACKAGE = COMMAND + 4 + COMMAND + COMMAND  # CMD_PACKAGED with be32 length, in it POSTCOPY_LISTEN and POSTCOPY_RUN
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,52 +61,79 @@ def requests(missing_pages: int, working_set_pages: int, writes_per_s: float, pu
 
 
 def run(loop: Precopy) -> bool:
-    """From the switch to the end; always True: the migration is over."""
-    _start(loop)
+    """From the switch to the end; False if it was called off before the guest moved.
+
+    Once post-copy is active nothing is called off: the guest runs at the destination, libvirt refuses to abort, and
+    what is here is stale. time-limit and cancel-after mean nothing from there on.
+    """
+    if not _start(loop):
+        return False
+    loop.why = ""
     loop.window.restart(loop.clock.ms(loop.now_ns))
     before = loop.ram.dirty_pages
     pushed_from = loop.now_ns
     while loop.ram.dirty_pages:
+        if loop.failure is not None and loop.link_failed():
+            failure, loop.failure = loop.failure, None
+            if not pause_and_recover(loop, failure):
+                return True
         _push(loop)
+        if loop.progress is not None:
+            loop.progress(loop)
     loop.stats.postcopy_requests = loop.machine.missing_page_requests(before, loop.now_ns - pushed_from)
     switchover.finish(loop)
     return True
 
 
-def _start(loop: Precopy) -> None:
+def _start(loop: Precopy) -> bool:
+    """postcopy_start; False if a cancel came while the client held the migration in pre-switchover."""
     start = loop.now_ns
-    late_state = loop.knobs.compat != "7.2"
-    if not late_state:
+    late_state, paused = loop.knobs.compat != "7.2", loop.knobs.pause_before_switchover
+    if not late_state and not paused:
         loop.set_status("postcopy-active")
-    switchover.part(loop, "stop", lambda: switchover.stop_guest(loop))
-    if late_state:
-        loop.set_status("device")
-    switchover.part(loop, "final-sync", lambda: loop.sync(stopped=True))
+    switchover.stop_guest(loop)
+    if switchover.hold(loop):
+        switchover.cancel(loop)
+        return False
+    if late_state or paused:
+        loop.set_status("device" if late_state else "postcopy-active")
+    switchover.part(loop, "final-sync", loop.sync)
+    if loop.devices.devices:  # they cannot follow the guest: all of their state goes first
+        switchover.part(loop, "vfio", lambda: loop.sent_staged(*loop.devices.complete()))
     switchover.part(loop, "discard", lambda: _discard(loop))
-    switchover.part(loop, "device", lambda: loop.pass_time(loop.costs.device_ns))
+    switchover.part(loop, "device", lambda: _package(loop))
     loop.stats.downtime_ns = (loop.clock.ms(loop.now_ns) - loop.clock.ms(start)) * NS_PER_MS
     if late_state:
         loop.set_status("postcopy-active")
-    switchover.resumed(loop, loop.costs.postcopy_run_ns)
+    switchover.resumed(loop, loop.devices.load_ns + loop.costs.postcopy_run_ns)
+
+
+    return True
 
 
 def _discard(loop: Precopy) -> None:
-    loop.pass_time(round(loop.ram.dirty_pages * loop.costs.discard_page_ns))
+    """Every range of dirty pages is named, twelve a command; the destination discards page by page."""
+    runs, name = loop.ram.dirty_runs(), loop.costs.ram_name_bytes
+    size = -(-runs // RANGES) * (COMMAND + 1 + 1 + name + 1) + runs * RANGE
+    loop.sent_aside(size)
+    wire_ns = int(size * NS_PER_S / loop.link_bytes_per_s(loop.now_ns))
+    loop.pass_time(max(wire_ns, round(loop.ram.dirty_pages * loop.costs.discard_page_ns)))
+
+
+def _package(loop: Precopy) -> None:
+    """Device state in one package with the commands to listen and to run, and the time it takes on the wire."""
+    size = loop.costs.device_bytes + PACKAGE
+    loop.sent_aside(size)
+    loop.pass_time(int(size * NS_PER_S / loop.link_bytes_per_s(loop.now_ns)) + loop.costs.device_ns)
 
 
 def _push(loop: Precopy) -> None:
-    """One window of background pushes: paced by how fast the destination places pages, or by the limit."""
-    limit = quantum(loop.knobs.max_postcopy_bandwidth)
+    """One turn of background pushes: paced by how fast the destination places pages, or by the limit."""
     pages = loop.ram.dirty_pages
     start = loop.now_ns
-    loop.save(SaveLimits(limit - loop.window.bytes, MAX_WAIT_PS))
+    loop.save(SaveLimits(loop.quantum() - loop.window.bytes, MAX_WAIT_PS))
     sent = pages - loop.ram.dirty_pages
     placed_ns = round(sent * loop.costs.postcopy_page_ns) - (loop.now_ns - start)
     if placed_ns > 0:
         loop.pass_time(placed_ns)
-    now_ms = loop.clock.ms(loop.now_ns)
-    if loop.window.over(now_ms):
-        loop.window.restart(now_ms)
-    elif loop.window.bytes > limit:
-        loop.pass_time(loop.window.left_ms(now_ms) * NS_PER_MS + loop.clock.spread(loop.costs.wake_ns))
-        loop.window.restart(loop.clock.ms(loop.now_ns))
+    loop.rate_limit()

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from migsim.migration import postcopy, switchover
+from migsim.migration.devices import DeviceSet
+from migsim.migration.failure import LINK, LinkFailure
 from migsim.migration.loop_types import Knobs, Limits, LoopCosts, Machine, RamState, RoundLog
 from migsim.migration.policies.dirty_limit import DirtyLimit
 from migsim.migration.policies.protocol import (
@@ -30,7 +32,7 @@ from migsim.migration.policies.protocol import (
 from migsim.migration.ram import NO_LIMITS, PS_PER_NS, Saved, SaveLimits
 from migsim.migration.stats import MigrationStats
 from migsim.migration.window import HostClock, Window, quantum
-from migsim.units import NS_PER_MS, PAGE_SIZE
+from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
 
 __all__ = ["Interrupted", "Knobs", "Limits", "LoopCosts", "Machine", "Precopy", "RamState", "RoundLog"]
 
@@ -64,6 +66,9 @@ class Precopy:
     throttle: GuestThrottle = field(default_factory=NoThrottle)
     platform: Platform = field(default_factory=NoPlatform)
     clock: HostClock = field(default_factory=HostClock)
+    devices: DeviceSet = field(default_factory=DeviceSet)
+    failure: LinkFailure | None = None
+    return_path: bool = False  # the capability, or post-copy's: the source waits for the destination's end
 
     status: str = "none"
     now_ns: int = 0
@@ -72,6 +77,8 @@ class Precopy:
     parts: list[tuple[str, int]] = field(default_factory=list)
     why: str = ""
     guest_stopped: bool = False
+    stopped_ns: int | None = None  # when the guest was told to stop: the blackout begins
+    suspended_by: str = ""  # whose `stop` that was, if not the switch-over's
     postcopy_asked: bool = False
 
     def __post_init__(self) -> None:
@@ -88,16 +95,17 @@ class Precopy:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def run(self) -> str:
-        """Migrate. Final status: completed or cancelled."""
+        """Migrate. Final status: completed, cancelled, failed, or postcopy-paused."""
         for command in self.platform.before_migrate():
             self._obey(command)
         self._setup()
         while True:
-            if self._give_up():
+            if self.called_off() or self._out_of_rounds():
                 return switchover.cancel(self)
             if not self.rate_exceeded() and self._iteration():
                 return self.status
-            self._rate_limit()
+            self.rate_limit()
+            self._sync_timer()
             self._dirty_limit()
             self._ask_platform()
             if self.progress is not None:
@@ -116,31 +124,52 @@ class Precopy:
 
     def _iteration(self) -> bool:
         """migration_iteration_run: decide, or send for a while. True when the migration is over."""
-        threshold = self.stats.threshold_bytes
-        if self.ram.dirty_pages * PAGE_SIZE < threshold:
+        threshold, devices = self.stats.threshold_bytes, self.devices
+        may_switch_over = devices.may_switch_over(self.now_ns, self.guest_stopped)
+        pending, staged = self.ram.dirty_pages * PAGE_SIZE + devices.pending, devices.pending
+        if pending < threshold:
             self.sync()  # the estimate says yes: make it exact
-        pending = self.ram.dirty_pages * PAGE_SIZE
-        if self.postcopy_asked:
-            return postcopy.run(self)
-        if pending == 0 or pending < threshold:
+            staged = devices.pending + devices.stop_copy
+            pending = self.ram.dirty_pages * PAGE_SIZE + staged
+        if (pending == 0 or pending < threshold) and may_switch_over:
             switchover.complete(self)
             return True
-        saved = self.save(SaveLimits(quantum(self.knobs.max_bandwidth) - self.window.bytes, MAX_WAIT_PS))
+        if self.postcopy_asked and staged <= threshold and may_switch_over:
+            postcopy.run(self)
+            return True
+        saved = self.save(SaveLimits(self.quantum() - self.window.bytes, MAX_WAIT_PS))
+        if devices.devices:
+            self._save_devices()
         if saved.elapsed_ps == 0:
             self.pass_time(1)
         return False
 
+    def _save_devices(self) -> None:
+        """The staged devices' turn, which RAM leaves them only where the window has bytes left."""
+        if not self.rate_exceeded():
+            self.sent_staged(*self.devices.iterate())
+
+    def sent_staged(self, size: int, read_ns: int) -> None:
+        """State of staged devices on the stream: read, then on the wire, whichever takes longer."""
+        self._sent(size, counted=size)
+        self.stats.extra["vfio"] = {"transferred": self.devices.transferred}
+        self.pass_time(max(read_ns, int(size * NS_PER_S / self.link_bytes_per_s(self.now_ns))))
+
     def rate_exceeded(self) -> bool:
         """Are the window's bytes used up?"""
-        return self.window.bytes > quantum(self.knobs.max_bandwidth)
+        return self.window.bytes > self.quantum()
 
-    def _rate_limit(self) -> None:
+    def quantum(self) -> int:
+        """Bytes of a window under the limit in force."""
+        knobs = self.knobs
+        return quantum(knobs.max_postcopy_bandwidth if self.status == "postcopy-active" else knobs.max_bandwidth)
+
+    def rate_limit(self) -> None:
         """migration_rate_limit: close the window once 100 ms are over, else wait for that if its bytes are used."""
         now_ms = self.clock.ms(self.now_ns)
         self._update_counters(now_ms)
         if self.rate_exceeded():
             self.pass_time(self.window.left_ms(now_ms) * NS_PER_MS + self.clock.spread(self.costs.wake_ns))
-        self._sync_timer()
 
     def _update_counters(self, now_ms: int) -> None:
         if not self.window.over(now_ms):
@@ -158,6 +187,8 @@ class Precopy:
         """The one place where time moves."""
         self.now_ns += duration_ns
         self.machine.run_until(self.now_ns)
+        if self.devices.devices:
+            self.devices.advance(self.now_ns, not self.guest_stopped)
 
     def set_status(self, status: str) -> None:
         self.status = status
@@ -166,7 +197,19 @@ class Precopy:
     def event(self, name: str, **data: object) -> None:
         self.events.append((self.now_ns, name, data))
 
-    def sync(self, stopped: bool = False) -> None:
+    def wait(self, duration_ns: int) -> bool:
+        """The thread waits, somebody else acts; True if the migration was called off, and then the wait ended there."""
+        end = self.now_ns + duration_ns
+        while not self.called_off() and self.now_ns < end:
+            self.pass_time(max(1, min([end, self._next_poll_ns, *self._deadlines()]) - self.now_ns))
+            self._ask_platform()
+        return bool(self.why)
+
+    def left_ps(self) -> int:
+        """Until the first deadline, for a step that looks at the clock; no deadline is NO_LIMITS."""
+        return min([NO_LIMITS.ps, *((at - self.now_ns) * PS_PER_NS for at in self._deadlines())])
+
+    def sync(self) -> None:
         """migration_bitmap_sync: its row, its event, and once a second the rate and the throttle."""
         self.close_round()
         start = self.now_ns
@@ -175,6 +218,7 @@ class Precopy:
         self.stats.dirty_sync_count += 1
         new = self.ram.sync()
         pages = self.stats.total_bytes // PAGE_SIZE
+        stopped = self.guest_stopped
         wait_ns = 0 if stopped else self.machine.sync_wait_ns(self.stats.cpu_throttle_percentage)
         self.pass_time(self.costs.sync_ns + pages * self.costs.sync_page_ps // PS_PER_NS + wait_ns)
         self.period_dirty += new
@@ -196,6 +240,7 @@ class Precopy:
             if not self.guest_stopped:
                 self.machine.set_throttle(wanted)
         self.stats.dirty_pages_rate = self.period_dirty * 1000 // gone_ms
+        self.ram.update_rates()
         self._last_sync_ms, self.period_dirty, self.period_bytes = now_ms, 0, self.stats.transferred
 
     def _sync_timer(self) -> None:
@@ -235,46 +280,69 @@ class Precopy:
         framing = EOS_BYTES + FRAMING_BYTES
         # 7.2 counts pages and, but for the last section, its end marker; later versions count the whole stream
         counted = (0 if last else EOS_BYTES) if self.knobs.compat == "7.2" else framing
-        self._sent(saved.page_bytes + framing, counted=saved.page_bytes + counted)
+        self._sent(saved.page_bytes + framing, counted=saved.page_bytes + counted, on_channels=saved.channel_bytes)
         self.window.pages += saved.normal + saved.duplicate
         self.stats.normal_pages += saved.normal
         self.stats.zero_pages += saved.duplicate
-        self.stats.multifd_bytes += saved.channel_bytes
+        self.stats.extra |= self.ram.reply()
         row = self.rounds[-1]
         row.sent_pages += saved.normal
         row.zero_pages += saved.duplicate
         self.pass_time(-(-saved.elapsed_ps // PS_PER_NS) + self.costs.section_ns)
         return saved
 
-    def _sent(self, size: int, *, counted: int) -> None:
-        """`size` bytes on the stream, of which query-migrate's `transferred` sees `counted`."""
+    def _sent(self, size: int, *, counted: int, on_channels: int = 0) -> None:
+        """`size` bytes on the stream, of which query-migrate's `transferred` sees `counted`.
+
+        precopy-, downtime- and postcopy-bytes are the main channel's; with multifd-bytes they add up to `transferred`.
+        """
         stats = self.stats
         self.window.bytes += size
         stats.transferred += counted
+        stats.multifd_bytes += on_channels
+        main = counted - on_channels
         if self.status == "postcopy-active":
-            stats.postcopy_bytes += counted
+            stats.postcopy_bytes += main
         elif self.guest_stopped:
-            stats.downtime_bytes += counted
+            stats.downtime_bytes += main
         else:
-            stats.precopy_bytes += counted
+            stats.precopy_bytes += main
         if self.rounds:
             self.rounds[-1].transferred_bytes += counted
 
-    def sent_devices(self) -> None:
-        """Device state on the stream; 7.2's `transferred` counts RAM only."""
-        self._sent(self.costs.device_bytes, counted=0 if self.knobs.compat == "7.2" else self.costs.device_bytes)
+    def count_lost(self, pages: int, size: int) -> None:
+        """Pages sent into a dead connection: counted, and still to be sent."""
+        self._sent(size, counted=size)
+        self.stats.normal_pages += pages
+        self.rounds[-1].sent_pages += pages
+
+    def sent_aside(self, size: int) -> None:
+        """Device state or commands on the stream; 7.2's `transferred` counts RAM only."""
+        self._sent(size, counted=0 if self.knobs.compat == "7.2" else size)
 
     # -- what others ask of it ---------------------------------------------------------------------------------------
 
-    def _give_up(self) -> bool:
-        limits = self.limits
-        for what, bound, value in (
-            ("time-limit", limits.time_ns, self.now_ns),
-            ("cancel-after", limits.cancel_ns, self.now_ns),
-            ("round-limit", limits.rounds, self.stats.dirty_sync_count),
-        ):
-            if bound is not None and value >= bound:
+    def called_off(self) -> bool:
+        """Has anybody sent migrate_cancel by now? Looked at between two windows and in every wait of pre-copy."""
+        for what, at in (("time-limit", self.limits.time_ns), ("cancel-after", self.limits.cancel_ns)):
+            if at is not None and self.now_ns >= at:
                 self.why = what
+        if self.link_failed():
+            self.why = LINK
+        return bool(self.why)
+
+    def link_failed(self) -> bool:
+        """Is the connection gone by now?"""
+        return self.failure is not None and self.now_ns >= self.failure.at_ns
+
+    def _deadlines(self) -> list[int]:
+        dies_ns = None if self.failure is None else self.failure.at_ns
+        return [at for at in (self.limits.time_ns, self.limits.cancel_ns, dies_ns) if at is not None]
+
+    def _out_of_rounds(self) -> bool:
+        most = self.limits.rounds
+        if most is not None and self.stats.dirty_sync_count >= most:
+            self.why = "round-limit"
         return bool(self.why)
 
     def _ask_platform(self) -> None:
@@ -304,7 +372,7 @@ class Precopy:
         elif isinstance(command, Cancel):
             self.why = command.reason or "migrate_cancel"
         elif not isinstance(command, MigrateContinue) and not self.guest_stopped:
-            switchover.stop_guest(self)
+            switchover.suspend(self, command.reason)
 
 
 assert NO_LIMITS.bytes > 0

@@ -9,8 +9,8 @@ late loses writes; clearing early costs a page sent twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class SaveCosts:
     clear_page_ps: int  # and each page it re-arms
     normal_bytes: int
     zero_bytes: int
+    clear_stopped_ps: int | None = None  # one CLEAR with every vCPU out of the guest; None: as ever
 
 
 @dataclass
@@ -119,6 +120,7 @@ class Ram:
         tick: Callable[[int], None],
         with_bitmaps: bool = True,
     ) -> None:
+        self.vcpus_stopped = False
         self.memory, self.kvm, self.costs, self.lazy_clear, self.tick = memory, kvm, costs, lazy_clear, tick
         self.blocks = [
             BlockState(
@@ -143,6 +145,40 @@ class Ram:
     def total_bytes(self) -> int:
         """query-migrate's ram.total: used length of all blocks."""
         return self.memory.pages * PAGE_SIZE
+
+    @property
+    def costs(self) -> SaveCosts:
+        """What a page and a CLEAR cost now."""
+        return self._costs
+
+    @costs.setter
+    def costs(self, costs: SaveCosts) -> None:
+        stopped_ps = costs.clear_stopped_ps
+        cheaper = self.vcpus_stopped and stopped_ps is not None
+        self._costs = replace(costs, clear_ps=stopped_ps) if cheaper and stopped_ps is not None else costs
+
+    def stop_vcpus(self) -> None:
+        """The vCPUs are out of the guest: from here on a CLEAR needs no kick."""
+        self.vcpus_stopped = True
+        self.costs = self._costs
+
+    def enter_last_stage(self) -> None:
+        """RAMState.last_stage: nothing here depends on it."""
+
+    def update_rates(self) -> None:
+        """A period of statistics ends: nothing here is a rate."""
+
+    def reply(self) -> dict[str, Any]:
+        """What it adds to query-migrate: nothing."""
+        return {}
+
+    def clear_ps(self) -> int:
+        """Time of all CLEARs so far, at the present price."""
+        return self.clear_calls * self.costs.clear_ps + self.rearmed_pages * self.costs.clear_page_ps
+
+    def dirty_runs(self) -> int:
+        """Ranges of consecutive dirty pages, counted block by block."""
+        return sum(_runs(state.bmap) for state in self.blocks)
 
     # -- sync (migration_bitmap_sync) --------------------------------------------------------------------------------
 
@@ -252,6 +288,22 @@ class Ram:
         if self.page >= block.pages:
             self.block_index, self.page = (self.block_index + 1) % len(self.blocks), 0
         return int(why)
+
+
+def _runs(bmap: Plane) -> int:
+    """Runs of ones in a plane, a chunk at a time; a chunk of all ones is looked at no closer."""
+    runs, carry, top = 0, 0, np.uint64(63)
+    for chunk in range(len(bmap.full)):
+        if bmap.full[chunk]:
+            runs, carry = runs + (not carry), 1
+            continue
+        words = bmap.words[bmap.chunk_words(chunk)]
+        before = np.empty_like(words)  # each page's predecessor, in its place
+        before[1:], before[0] = words[:-1] >> top, carry
+        before |= words << np.uint64(1)
+        runs += int(np.bitwise_count(words & ~before).sum())
+        carry = int(words[-1] >> top)
+    return runs
 
 
 def _words(pages: int) -> Words:

@@ -39,6 +39,7 @@ class MigrationStats:
     setup_ns: int = 0
     total_ns: int = 0
     downtime_ns: int = 0
+    error_desc: str = ""  # the first error, if any
     extra: Reply = field(default_factory=dict)  # xbzrle-cache, vfio, dirty-limit-*: by who models them
 
     def end_window(self, sent_bytes: int, sent_pages: int, elapsed_ns: int, limit_ms: int, switchover_bw: int) -> None:
@@ -56,8 +57,9 @@ class MigrationStats:
         """query-migrate on the source in `status`."""
         if status in ("none",):
             return {}
+        error: Reply = {"error-desc": self.error_desc} if self.error_desc and status != "completed" else {}
         if status in ("setup", "wait-unplug", "failed", "cancelled"):
-            return {"status": status}
+            return {"status": status} | error
         out: Reply = {
             "status": status,
             "setup-time": self.setup_ns // NS_PER_MS,
@@ -70,7 +72,7 @@ class MigrationStats:
         out["ram"] = self._ram(0 if status == "completed" else remaining_pages, status)
         if self.cpu_throttle_percentage and status != "completed":
             out["cpu-throttle-percentage"] = self.cpu_throttle_percentage
-        out.update(self.extra)
+        out.update(self.extra | error)
         return out
 
     def _ram(self, remaining_pages: int, status: str) -> Reply:

@@ -23,6 +23,7 @@ __all__ = ["CACHED_PASSES", "Writers", "XbzrleCache", "XbzrleRam", "encoded_byte
 
 CACHED_PASSES: Final = 2  # an entry younger than this many syncs is not evicted
 EMPTY: Final = -1
+COUNTED: Final = ("bytes", "pages", "miss", "overflow", "handled")
 BATCH: Final = 1 << 16
 
 Ints = NDArray[np.int64]
@@ -98,7 +99,10 @@ class XbzrleRam:
     started: bool = False
     last_stage: bool = False
     marked_s: tuple[float, float] = (0.0, 0.0)  # guest's clock at the last two syncs: between them pages were marked
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("bytes", "pages", "miss", "overflow"), 0))
+    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0.0))
+    before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0.0))  # at the last rates
+    miss_rate: float = 0.0
+    encoding_rate: float = 0.0
 
     @property
     def dirty_pages(self) -> int:
@@ -113,13 +117,36 @@ class XbzrleRam:
         self.marked_s = (self.marked_s[1], self.writers.clock())
         return self.ram.sync()
 
+    def stop_vcpus(self) -> None:
+        self.ram.stop_vcpus()
+
+    def enter_last_stage(self) -> None:
+        self.last_stage = True
+        self.ram.enter_last_stage()
+
+    def clear_ps(self) -> int:
+        return self.ram.clear_ps()
+
+    def dirty_runs(self) -> int:
+        return self.ram.dirty_runs()
+
     def reply(self) -> dict[str, Any]:
-        """query-migrate's xbzrle-cache, but for the two rates of the last period."""
-        c = self.counts
-        return {
-            "cache-size": self.cache.pages * PAGE_SIZE, "bytes": c["bytes"], "pages": c["pages"],
-            "cache-miss": c["miss"], "overflow": c["overflow"],
+        """query-migrate's xbzrle-cache; `bytes` and `overflow` are expectations, rounded."""
+        bytes_, pages, miss, overflow = (round(self.counts[name]) for name in COUNTED[:4])
+        cache = {
+            "cache-size": self.cache.pages * PAGE_SIZE, "bytes": bytes_, "pages": pages, "cache-miss": miss,
+            "cache-miss-rate": self.miss_rate, "encoding-rate": self.encoding_rate, "overflow": overflow,
         }  # fmt: skip
+        return {"xbzrle-cache": cache}
+
+    def update_rates(self) -> None:
+        """Misses a page handled, and pages a page's worth of encoded bytes, both of the period that ends."""
+        period = {name: self.counts[name] - self.before[name] for name in COUNTED}
+        if not period["handled"]:
+            return
+        self.miss_rate = period["miss"] / period["handled"]
+        self.encoding_rate = period["pages"] * PAGE_SIZE / period["bytes"] if period["bytes"] else 0.0
+        self.before = dict(self.counts)
 
     def save(self, limits: SaveLimits) -> Saved:
         """Batches of dirty pages in scan order: size each, see how many the limits admit, let RAM send just those."""
@@ -128,14 +155,15 @@ class XbzrleRam:
         self.ram.spent_ps = 0
         while self.ram.dirty_pages and why == END_OF_SPAN:
             pages, is_zero = self._next()
-            sizes, plain = self._sizes(pages, is_zero)
+            sizes, plain, changed, encoded = self._sizes(pages, is_zero)
             ps = np.where(is_zero, costs.zero_ps, costs.normal_ps) + np.where(plain, 0, self.encode_ns * PS_PER_NS)
             before, clock = sent_bytes + np.cumsum(sizes) - sizes, spent + np.cumsum(ps)
             allowed = _first(before > limits.bytes)
             in_time = (_first(clock >= limits.ps) + 64) & ~63
             count = min(allowed, in_time, len(pages))
             if count:
-                named = self._send(pages[:count], is_zero[:count], plain[:count])
+                self._count(pages[:count], is_zero[:count], plain[:count], changed[:count], encoded[:count])
+                named = self._send(pages[:count])
                 sent_bytes += int(sizes[:count].sum()) + named
                 spent = int(clock[count - 1])
                 self.ram.spent_ps = spent
@@ -169,11 +197,14 @@ class XbzrleRam:
                 ram.block_index, ram.page = (ram.block_index + 1) % len(ram.blocks), 0
                 self.started = self.started or ram.block_index == 0
 
-    def _sizes(self, pages: Ints, is_zero: NDArray[np.bool_]) -> tuple[Ints, NDArray[np.bool_]]:
-        """(bytes on the stream, sent whole or as zero) for each page of the batch."""
+    def _sizes(self, pages: Ints, is_zero: NDArray[np.bool_]) -> tuple[Ints, NDArray[np.bool_], Floats, Floats]:
+        """For each page of the batch: bytes on the stream, sent whole or as zero, chance that its copy differs, and
+        the bytes QEMU counts as encoded (a page that does not pay counts whole).
+        """
         sizes = np.where(is_zero, ZERO_PAGE, NORMAL_PAGE).astype(np.int64)
         if not self.started:
-            return sizes, np.ones(len(pages), dtype=bool)
+            nothing = np.zeros(len(pages))
+            return sizes, np.ones(len(pages), dtype=bool), nothing, nothing
         hit = self.cache.hits(pages) & ~is_zero
         rate = np.maximum(self.writers.writes_a_second(pages), 1e-9)
         copied, now = self.cache.copied_s[pages & (self.cache.pages - 1)], self.writers.clock()
@@ -184,10 +215,10 @@ class XbzrleRam:
         expected = np.rint(changed * (PAGE_HEADER + XBZRLE_HEADER + length))
         overflow = np.rint(changed * NORMAL_PAGE)
         sizes = np.where(delta, expected, np.where(hit, overflow, sizes))
-        self.counts["bytes"] += int((changed * (XBZRLE_HEADER + length))[delta].sum())
-        return sizes.astype(np.int64), ~delta
+        encoded = changed * np.where(delta, XBZRLE_HEADER + length, np.where(hit, PAGE_SIZE, 0))
+        return sizes.astype(np.int64), ~delta, changed, encoded
 
-    def _send(self, pages: Ints, is_zero: NDArray[np.bool_], plain: NDArray[np.bool_]) -> int:
+    def _send(self, pages: Ints) -> int:
         """RAM clears and sends exactly these; the cache learns of them. Bytes of block names on top."""
         costs, block = self.ram.costs, self.ram.block_index
         self.ram.costs = replace(costs, normal_bytes=1, zero_bytes=1)
@@ -197,19 +228,25 @@ class XbzrleRam:
             left -= sent.normal + sent.duplicate
             named += sent.page_bytes - sent.normal - sent.duplicate
         self.ram.costs = costs
-        if self.started:
-            self._learn(pages, is_zero, plain)
+        if self.started and not self.last_stage:
+            self.cache.insert(pages, self.syncs, self.writers.clock())
         first = int(pages[0]) - self.ram.blocks[block].block.first_page
         self.started |= self.ram.block_index < block or (self.ram.block_index == block and self.ram.page <= first)
         return named
 
-    def _learn(self, pages: Ints, is_zero: NDArray[np.bool_], plain: NDArray[np.bool_]) -> None:
+    def _count(
+        self, pages: Ints, is_zero: NDArray[np.bool_], plain: NDArray[np.bool_], changed: Floats, encoded: Floats
+    ) -> None:
+        """xbzrle_counters: a hit is a page whatever comes of it, and an overflow only if its copy differs."""
+        counts = self.counts
+        counts["handled"] += len(pages)
+        if not self.started:
+            return
         hit = self.cache.hits(pages) & ~is_zero
-        self.counts["miss"] += int((~hit & ~is_zero).sum())
-        self.counts["overflow"] += int((hit & plain).sum())
-        self.counts["pages"] += int((~plain).sum())
-        if not self.last_stage:
-            self.cache.insert(pages, self.syncs, self.writers.clock())
+        counts["miss"] += int((~hit & ~is_zero).sum())
+        counts["pages"] += int(hit.sum())
+        counts["overflow"] += float(changed[hit & plain].sum())
+        counts["bytes"] += float(encoded.sum())
 
 
 def _changed(rate: Floats, copied: Floats, now: float, since: float, until: float) -> Floats:

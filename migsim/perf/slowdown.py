@@ -153,9 +153,9 @@ class ClosedLoop:
         r.lock_waiting_ns += running * self.pace.lock_waiting_share
         r.lock_write_held_ns += held
         r.longest_hold_ns = max(r.longest_hold_ns, held / calls if calls else held)
-        r.thread_cpu_ns += held + calls * self.clear.call_ns
+        r.thread_cpu_ns += held + calls * (self.clear.call_ns if window.duty else self.clear.stopped_call_ns)
         r.stalls.add(self._fast_ns, first.fast)
-        r.stalls.add(self._flush_ns, float(calls * self.vcpus))
+        r.stalls.add(self._flush_ns, float(calls * self.vcpus) if window.duty else 0.0)
         if self._ring_room:
             r.stalls.add(self._ring_full_ns, (first.logged + first.fast + first.locked) / self._ring_room)
         r.stalls.add_exponential(self.pace.lock_wait_ns, first.locked, self._slow_ns + self._lock_ns)

@@ -64,8 +64,13 @@ class Link(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fie
     bandwidth: Annotated[int, link_rate("of the migration network", ge=1)] = 1_250_000_000
     latency: Annotated[int, duration("one way", le=60 * NS_PER_S)] = 50_000
     phases: tuple[LinkPhase, ...] = ()
+    fail_at: Annotated[int, duration("the connection dies, since the migrate command")] | None = None
+    fail_noticed_after: Annotated[int, duration("until the socket reports it; 0: the peer resets")] = 0
 
     def __post_init__(self) -> None:
+        if self.fail_noticed_after and self.fail_at is None:
+            problem = 'needs "fail-at", the time at which the connection dies'
+            raise ScenarioError("fail-noticed-after", problem, value=self.fail_noticed_after)
         times = [phase.at for phase in self.phases]
         if any(later <= earlier for earlier, later in pairwise(times)):
             raise ScenarioError("phases", 'must be in order of "at", each later than the one before')

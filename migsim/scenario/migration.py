@@ -90,6 +90,7 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
     ] = "none"
     platform_timeout: Annotated[int, duration("libvirt-timeout-*: virsh migrate --timeout")] | None = None
     postcopy_after: Annotated[int, duration("migrate-start-postcopy is sent then")] | None = None
+    postcopy_recover_after: Annotated[int, duration("of postcopy-paused; migrate-recover then")] | None = None
     postcopy_after_passes: Annotated[int, Meta(ge=1, description="... or after so many bitmap syncs")] | None = None
 
     def __post_init__(self) -> None:
@@ -102,9 +103,21 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
         for name in ("max_bandwidth", "avail_switchover_bandwidth", "max_postcopy_bandwidth"):
             if getattr(self, name) >= 1 << 64:
                 raise ScenarioError(name.replace("_", "-"), "does not fit in 64 bits", value=getattr(self, name))
+        self._check_postcopy()
         if self.switchover_pause and "pause-before-switchover" not in self.capabilities:
             problem = 'needs the capability "pause-before-switchover"'
             raise ScenarioError("switchover-pause", problem, value=self.switchover_pause)
+
+    def _check_postcopy(self) -> None:
+        """QEMU refuses migrate-start-postcopy where the capability is off."""
+        if "postcopy-ram" in self.capabilities:
+            return
+        asked: dict[str, object] = {"postcopy-after": self.postcopy_after, "postcopy-after-passes": self.postcopy_after_passes}
+        if self.platform in ("libvirt-timeout-postcopy", "ovirt-post-copy"):
+            asked["platform"] = self.platform
+        for name, value in asked.items():
+            if value is not None:
+                raise ScenarioError(name, 'needs the capability "postcopy-ram"', value=value)
 
     def _check_versions(self) -> None:
         known = capabilities_of(self.compat)

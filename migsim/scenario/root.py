@@ -30,7 +30,20 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
         migration = self.migration
         if self.guest.device and migration.compat == "7.2":
             raise ScenarioError("guest.device", 'VFIO migration is that of QEMU 8.1 and later; use compat = "10.0"')
+        if migration.postcopy_recover_after is not None:
+            self._check_recovery()
         try:
             check(migration.capabilities, migration.compat, host=host, parameters=migration.parameters())
         except QmpError as error:
             raise ScenarioError("migration.capabilities", error.desc, value=list(migration.capabilities)) from None
+
+    def _check_recovery(self) -> None:
+        """A recovery needs a post-copy, a link that dies, and pages that are still there to be sent again."""
+        on, after = self.migration.capabilities, self.migration.postcopy_recover_after
+        for broken, problem in (
+            ("postcopy-ram" not in on, 'needs the capability "postcopy-ram"'),
+            (self.link.fail_at is None, 'needs link.fail-at, the time at which the connection dies'),
+            ("release-ram" in on, 'cannot be: with "release-ram" the source gave away what it had sent'),
+        ):
+            if broken:
+                raise ScenarioError("migration.postcopy-recover-after", problem, value=after)

@@ -36,10 +36,10 @@ class CloudHypervisor:
         self.seen_passes = sample.dirty_sync_count
         estimate_ms = sample.remaining_bytes * 8 / (sample.mbps * 1e6) * 1e3 if sample.mbps else float("inf")
         if sample.remaining_bytes == 0 or estimate_ms <= self.downtime_ms:
-            return self._act(StopGuest())
+            return self._act(StopGuest("the downtime budget"))
         if sample.now_ns >= self.timeout_s * NS_PER_S:
             cancel = Cancel(f"pre-copy ran for {self.timeout_s} s")
-            return self._act(cancel if self.timeout_strategy == "cancel" else StopGuest())
+            return self._act(cancel if self.timeout_strategy == "cancel" else StopGuest("the timeout"))
         return ()
 
     def _act(self, command: Command) -> tuple[Command, ...]:

@@ -68,7 +68,7 @@ class Kubevirt:
         if self.allow_post_copy:
             return StartPostcopy()
         if self.allow_workload_disruption:
-            return StopGuest()
+            return StopGuest("allowWorkloadDisruption")
         return Cancel(f"not completed after {completion_ns // NS_PER_S} s")
 
     def _watch_progress(self, sample: Sample) -> None:

@@ -31,4 +31,4 @@ class LibvirtTimeout:
         if self.acted or sample.status != "active" or sample.now_ns < self.timeout_ns:
             return ()
         self.acted = True
-        return (StartPostcopy(),) if self.action == "postcopy" else (StopGuest(),)
+        return (StartPostcopy(),) if self.action == "postcopy" else (StopGuest("--timeout"),)

@@ -81,7 +81,7 @@ class Nova:
     def _give_up(self, timeout_s: int) -> Command:
         if self.timeout_action == "abort":
             return Cancel(f"live_migration_completion_timeout of {timeout_s} s")
-        return StartPostcopy() if self.permit_post_copy else StopGuest()
+        return StartPostcopy() if self.permit_post_copy else StopGuest("live_migration_timeout_action")
 
     def _postcopy_helps(self, sample: Sample) -> bool:
         """After each pass but the first: did `remaining` shrink by a tenth?"""

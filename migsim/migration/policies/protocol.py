@@ -87,6 +87,8 @@ class StartPostcopy:
 class StopGuest:
     """stop: the guest's vCPUs halt, so the next passes find nothing new (a suspended, non-live ending)."""
 
+    reason: str = field(default="the platform", compare=False)  # whose doing it is, for the verdict
+
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
