@@ -37,6 +37,7 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_stop_vcpu": 20_000.0,
     "qemu_device_state": 10_000_000.0,
     "qemu_device_load": 5_000_000.0,  # the destination, from the last byte until all but VFIO devices have their state
+    "qemu_vfio_query": 1_000_000.0,  # a device asked for its stop-copy size: a command to its firmware
     "qemu_vfio_byte": 0.2,  # reading device state out of the kernel driver, 5 GB/s
     "qemu_resume": 0.0,  # from the source's end until the destination's vCPUs run
     "qemu_setup": 1_000_000.0,

@@ -52,6 +52,7 @@ def _devices(scenario: Scenario, costs: QemuCosts) -> DeviceSet:
     return DeviceSet(
         [VfioDevice(d.name, d.initial, d.dirty_rate, d.stop_copy, d.load) for d in scenario.guest.device],
         round_trip_ns=2 * scenario.link.latency, byte_ns=costs.ns("qemu_vfio_byte"),
+        query_ns=round(costs.ns("qemu_vfio_query")),
         ack="switchover-ack" in scenario.migration.capabilities,
     )  # fmt: skip
 

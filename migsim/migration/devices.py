@@ -62,12 +62,14 @@ class VfioDevice:
 class DeviceSet:
     """The guest's staged devices and the acknowledgement of the destination.
 
-    round_trip_ns: of the link · byte_ns: reading a byte of device state on the source · ack: switchover-ack is on.
+    round_trip_ns: of the link · byte_ns: reading a byte of device state on the source · query_ns: asking
+    one device for its stop-copy size · ack: switchover-ack is on.
     """
 
     devices: Sequence[VfioDevice] = ()
     round_trip_ns: int = 0
     byte_ns: float = 0.0
+    query_ns: int = 0
     ack: bool = False
     transferred: int = 0
     ack_ns: int | None = None  # when the source has the acknowledgement

@@ -129,6 +129,8 @@ class Precopy:
         pending, staged = self.ram.dirty_pages * PAGE_SIZE + devices.pending, devices.pending
         if pending < threshold:
             self.sync()  # the estimate says yes: make it exact
+            if devices.devices:
+                self.pass_time(len(devices.devices) * devices.query_ns)
             staged = devices.pending + devices.stop_copy
             pending = self.ram.dirty_pages * PAGE_SIZE + staged
         if (pending == 0 or pending < threshold) and may_switch_over:
