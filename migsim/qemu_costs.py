@@ -23,6 +23,8 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_page": 1600.0,  # read, zero test, copy into the socket: one thread sends about 20 Gbit/s
     "qemu_page_multifd": 120.0,  # the main thread finds the page and queues it
     "multifd_page": 1300.0,  # one channel reads, tests and sends it
+    "multifd_requeue_busy": 0.0,  # a share: full packets whose last page QEMU up to 8.1 queues twice, busy guest
+    "multifd_requeue_idle": 0.0,  # the same beside an idle guest
     "qemu_page_after_sleep": 1600.0,  # the same in a thread that sleeps most of each window: caches and clock are cold
     "qemu_page_kvm": 0.0,  # more, where reading guest memory costs KVM's shadow pages something
     "qemu_zero_page": 350.0,  # read 4 KiB, find nothing

@@ -9,7 +9,7 @@ import numpy as np
 from migsim.migration.devices import DeviceSet, VfioDevice
 from migsim.migration.failure import LinkFailure
 from migsim.migration.loop_types import RamState
-from migsim.migration.multifd import REQUEUE_BUSY, REQUEUE_IDLE, MultifdRam
+from migsim.migration.multifd import MultifdRam
 from migsim.migration.policies.choice import platform_of, throttle_of
 from migsim.migration.ram import Ram
 from migsim.migration.window import HostClock
@@ -66,7 +66,7 @@ def wire_ram(scenario: Scenario, ram: Ram, world: World, costs: QemuCosts) -> Ra
     old = m.compat == "7.2"
     if "multifd" in m.capabilities:
         writes = any(stream.pages_per_s for stream in world.workload.streams)
-        requeue = (REQUEUE_BUSY if writes else REQUEUE_IDLE) if old else 0.0
+        requeue = costs.ns("multifd_requeue_busy" if writes else "multifd_requeue_idle") if old else 0.0
         zero = rule_of(m.zero_page_detection, m.capabilities, m.compat)
         return MultifdRam(ram, m.multifd_channels, requeue, sync_each_section=old, zero_on_channels=zero.on_channels)
     if "xbzrle" in m.capabilities:

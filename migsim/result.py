@@ -79,6 +79,7 @@ class Result(Struct, frozen=True, kw_only=True, rename="kebab"):
     migration: dict[str, Any] = field(default_factory=dict)
     rounds: tuple[Round, ...] = ()
     downtime: tuple[DowntimePart, ...] = ()
+    events: tuple[dict[str, Any], ...] = ()  # QMP's, of source and destination, with the capability `events`
     kvm: dict[str, Any] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
     verify: dict[str, Any] = field(default_factory=dict)

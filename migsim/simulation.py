@@ -16,6 +16,7 @@ from msgspec import structs
 from migsim.fused import FusedRam
 from migsim.host_costs import HostCosts, Meters, RoundRow
 from migsim.kvm.vm import TraceSink
+from migsim.migration.events import both_sides
 from migsim.migration.precopy import Interrupted, Knobs, Limits, Precopy, RoundLog
 from migsim.migration.ram import PS_PER_NS, Ram
 from migsim.qemu_costs import QemuCosts
@@ -223,11 +224,13 @@ def _result(
         migration=migration,
         rounds=rounds,
         downtime=parts if converged else (),
+        events=both_sides(loop.events, scenario.migration.capabilities),
         kvm=_kvm(world),
         host={
             "profile": host.profile.name,
             **meters.totals(),
             "assumed-ns": costs.assumed_costs(),
+            "not-modelled": scenario.migration.not_modelled(),
             "clear-calls": ram.clear_calls,
             "rearmed-pages": ram.rearmed_pages,
             "memory": _host_memory(world),

@@ -13,7 +13,10 @@ from typing import Any, Final
 
 from migsim.migration.parameters import Compat, QmpError
 
-__all__ = ["CAPABILITIES", "HostFeatures", "capabilities_of", "check", "check_migrate", "merged", "reply"]
+__all__ = [
+    "CAPABILITIES", "OTHER_LOOPS", "WITHOUT_EFFECT", "HostFeatures", "capabilities_of", "check", "check_migrate",
+    "merged", "reply",
+]  # fmt: skip
 
 #: In enum order: name, first release with it, last one with it (None: older than 7.2, or still in 10.0).
 CAPABILITIES: Final[tuple[tuple[str, str | None, str | None], ...]] = (
@@ -42,6 +45,19 @@ CAPABILITIES: Final[tuple[tuple[str, str | None, str | None], ...]] = (
     ("dirty-limit", "8.1", None),
     ("mapped-ram", "9.0", None),
 )
+
+#: Capabilities that QEMU accepts and that turn migration into another loop than any modelled here.
+OTHER_LOOPS: Final[Mapping[str, str]] = {
+    "x-colo": "COLO's checkpoints are not modelled here",
+}
+
+#: Capabilities and parameters that QEMU accepts and that have no effect here: on disks, on the destination's memory,
+#: on who may connect, on announcements after the end, or on costs that a host profile carries.
+WITHOUT_EFFECT: Final = frozenset({
+    "rdma-pin-all", "zero-blocks", "block", "release-ram", "dirty-bitmaps", "postcopy-blocktime", "x-ignore-shared",
+    "zero-copy-send", "announce-initial", "announce-max", "announce-rounds", "announce-step", "tls-creds",
+    "tls-hostname", "tls-authz", "block-bitmap-mapping", "block-incremental", "x-checkpoint-delay", "direct-io",
+})  # fmt: skip
 
 #: What background-snapshot cannot be combined with.
 SNAPSHOT_CONFLICTS: Final = (

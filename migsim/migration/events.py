@@ -6,23 +6,26 @@ runs. MIGRATION and MIGRATION_PASS are emitted only with the capability `events`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from migsim.units import NS_PER_S, NS_PER_US
 
-__all__ = ["MIGRATION_EVENTS", "LoggedEvent", "expected_order", "qmp_events"]
+__all__ = ["EVENTS_MAX", "MIGRATION_EVENTS", "LoggedEvent", "both_sides", "expected_order", "qmp_events"]
 
 LoggedEvent = tuple[int, str, dict[str, object]]
+EVENTS_MAX: Final = 1000  # in a result; MIGRATION_PASS counts on, so a gap shows
 MIGRATION_EVENTS: Final = ("MIGRATION", "MIGRATION_PASS")
 
 
 def qmp_events(
     logged: Iterable[LoggedEvent], capabilities: Collection[str], *, side: str = "source", epoch_ns: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """The events one side's monitor shows. RESUME comes from the destination, everything else from the source."""
+    """The events one side's monitor shows: all the source's but RESUME, which comes from where the guest goes on."""
+    called_off = False
     for now_ns, name, data in logged:
-        if (name == "RESUME") != (side == "destination"):
+        called_off = called_off or data.get("status") in ("cancelling", "failed")
+        if (name == "RESUME" and not called_off) != (side == "destination"):
             continue
         if name in MIGRATION_EVENTS and "events" not in capabilities:
             continue
@@ -31,6 +34,15 @@ def qmp_events(
             event["data"] = dict(data)
         event["timestamp"] = _timestamp(epoch_ns + now_ns)
         yield event
+
+
+def both_sides(logged: Sequence[LoggedEvent], capabilities: Collection[str]) -> tuple[dict[str, Any], ...]:
+    """Both monitors' events in the order of time, for a result; of very many the first and the last ones."""
+    if "events" not in capabilities:
+        return ()
+    told = [e for side in ("source", "destination") for e in qmp_events(logged, capabilities, side=side)]
+    told.sort(key=lambda e: (e["timestamp"]["seconds"], e["timestamp"]["microseconds"]))
+    return tuple(told if len(told) <= EVENTS_MAX else told[: EVENTS_MAX // 2] + told[-EVENTS_MAX // 2 :])
 
 
 def _timestamp(at_ns: int) -> dict[str, int]:

@@ -20,13 +20,9 @@ from migsim.migration.ram_kernels import END_OF_SPAN, RATE_LIMIT, TIME_LIMIT
 from migsim.migration.wire import MULTIFD_PACKET_PAGES, ZERO_PAGE, multifd_packet, multifd_packet_header
 from migsim.units import PAGE_SIZE
 
-__all__ = ["MultifdRam", "REQUEUE_BUSY", "REQUEUE_IDLE"]
+__all__ = ["MultifdRam"]
 
 FULL_PACKET: Final = multifd_packet(MULTIFD_PACKET_PAGES)
-#: Share of full packets whose last page is queued twice: recordings of QEMU 7.2 on two CPUs, with a guest that keeps
-#: one of them busy (20 of 20.5 pages a window) and with an idle one (12 of 39).
-REQUEUE_BUSY: Final = 0.95
-REQUEUE_IDLE: Final = 0.31
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import Meta, Struct
 from msgspec.structs import fields
 
-from migsim.migration.capabilities import CAPABILITIES, capabilities_of
+from migsim.migration.capabilities import CAPABILITIES, OTHER_LOOPS, WITHOUT_EFFECT, capabilities_of
 from migsim.migration.parameters import PARAMETERS, Compat, parameters_of
 from migsim.scenario.errors import ScenarioError, nearest
 from migsim.scenario.fields import bandwidth, duration, milliseconds, percent, size
@@ -104,15 +104,31 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
             if getattr(self, name) >= 1 << 64:
                 raise ScenarioError(name.replace("_", "-"), "does not fit in 64 bits", value=getattr(self, name))
         self._check_postcopy()
+        self._check_modelled()
         if self.switchover_pause and "pause-before-switchover" not in self.capabilities:
             problem = 'needs the capability "pause-before-switchover"'
             raise ScenarioError("switchover-pause", problem, value=self.switchover_pause)
+
+    def _check_modelled(self) -> None:
+        """What QEMU takes and what would change the loop into one that is not emulated."""
+        for index, name in enumerate(self.capabilities):
+            if name in OTHER_LOOPS:
+                raise ScenarioError(f"capabilities.{index}", f"QEMU accepts it; {OTHER_LOOPS[name]}", value=name)
+        if self.mode != "normal":
+            problem = "QEMU accepts it; without a pre-copy loop, hence not modelled here"
+            raise ScenarioError("mode", problem, value=self.mode)
+
+    def not_modelled(self) -> list[str]:
+        """Capabilities and parameters in force that change nothing here: the result names them."""
+        set_ = [f.encode_name for f in fields(Migration) if f.default != getattr(self, f.name)]
+        return [name for name in (*self.capabilities, *set_) if name in WITHOUT_EFFECT]
 
     def _check_postcopy(self) -> None:
         """QEMU refuses migrate-start-postcopy where the capability is off."""
         if "postcopy-ram" in self.capabilities:
             return
-        asked: dict[str, object] = {"postcopy-after": self.postcopy_after, "postcopy-after-passes": self.postcopy_after_passes}
+        asked: dict[str, object] = {"postcopy-after": self.postcopy_after}
+        asked["postcopy-after-passes"] = self.postcopy_after_passes
         if self.platform in ("libvirt-timeout-postcopy", "ovirt-post-copy"):
             asked["platform"] = self.platform
         for name, value in asked.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct, field
 
-from migsim.migration.capabilities import HostFeatures, check
+from migsim.migration.capabilities import HostFeatures, check, check_migrate
 from migsim.migration.parameters import QmpError
 from migsim.scenario.errors import ScenarioError
 from migsim.scenario.guest import Guest
@@ -34,6 +34,8 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
             self._check_recovery()
         try:
             check(migration.capabilities, migration.compat, host=host, parameters=migration.parameters())
+            uri = "file:guest" if "mapped-ram" in migration.capabilities else "tcp:destination:49152"
+            check_migrate(migration.capabilities, uri, migration.parameters(), migration.compat)
         except QmpError as error:
             raise ScenarioError("migration.capabilities", error.desc, value=list(migration.capabilities)) from None
 

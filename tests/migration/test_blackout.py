@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from migsim import simulation
 from migsim.expectation import surprises
+from migsim.migration.events import expected_order
 from migsim.migration.ram import _runs
 from migsim.perf.migration_thread import clear_cost
 from migsim.perf.profile import load_profile
@@ -25,7 +26,7 @@ def run(**migration: Any) -> Result:
     expect = migration.pop("expect", None)
     stream = {"pattern": "uniform", "rate": "60000 pages/s", "working-set": "64 MiB"}
     document: dict[str, Any] = {
-        "guest": {"memory": "128 MiB", "vcpus": 2, "device-state": "2 MiB", "workload": [stream]},
+        "guest": {"memory": "128 MiB", "vcpus": 2, "zero": 0.1, "device-state": "2 MiB", "workload": [stream]},
         "migration": {"max-bandwidth": "50 MB/s", "time-limit": "30 s", "downtime-limit": 50, **migration},
         "link": {"bandwidth": "1 Gbit/s"},
     }
@@ -137,3 +138,61 @@ def test_xbzrle_tells_its_cache_and_its_rates() -> None:
     assert cache["cache-size"] == 128 << 20 and cache["pages"] + cache["cache-miss"] > 0
     assert 0 <= cache["cache-miss-rate"] <= 1 and cache["encoding-rate"] >= 0
     assert cache["bytes"] >= cache["overflow"] * 4096 * 0.9
+
+
+def test_the_result_tells_qmps_events_only_where_qemu_emits_them() -> None:
+    quick: dict[str, Any] = {"max-bandwidth": 0, "downtime-limit": 900}
+    assert run(**quick).events == ()
+    told = run(**quick, capabilities=["events"])
+    order = expected_order(told.migration["ram"]["dirty-sync-count"], compat="10.0")
+    shown = [" ".join([e["event"], *map(str, e.get("data", {}).values())]) for e in told.events]
+    assert shown == [*order, "RESUME"]
+    held: dict[str, Any] = {"capabilities": ["events", "pause-before-switchover"], "switchover-pause": "20 s"}
+    called_off = run(**quick, **held, **{"cancel-after": "9 s"})
+    names = [e["data"]["status"] if e["event"] == "MIGRATION" else e["event"] for e in called_off.events]
+    assert names[-5:] == ["STOP", "pre-switchover", "cancelling", "RESUME", "cancelled"]
+
+
+def test_what_is_accepted_and_not_modelled_is_refused_or_named() -> None:
+    with pytest.raises(ScenarioError, match="QEMU accepts it; COLO"):
+        run(capabilities=["x-colo"])
+    with pytest.raises(ScenarioError, match="mode.*not modelled here"):
+        run(mode="cpr-reboot")
+    named = run(capabilities=["release-ram"], **{"tls-creds": "tls0", "max-bandwidth": 0, "downtime-limit": 900})
+    assert named.host["not-modelled"] == ["release-ram", "tls-creds"]
+
+
+def test_multifd_pages_are_queued_twice_only_on_the_host_that_was_seen_doing_it() -> None:
+    document: dict[str, Any] = {
+        "guest": {"memory": "64 MiB"},
+        "migration": {"compat": "7.2", "capabilities": ["multifd"], "max-bandwidth": "50 MB/s"},
+        "link": {"bandwidth": "1 Gbit/s"},
+    }
+    plain = simulation.run(build(document), threads=1)
+    seen = simulation.run(build(document | {"host": {"profile": "qemu-7.2-loopback"}}), threads=1)
+    assert seen.migration["ram"]["multifd-bytes"] > plain.migration["ram"]["multifd-bytes"]
+
+
+#: Parameter: (a value, what it takes for it to matter).
+MATTERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "max-bandwidth": ("80 MB/s", {}),
+    "downtime-limit": (2000, {}),
+    "avail-switchover-bandwidth": ("1 GB/s", {}),
+    "max-postcopy-bandwidth": ("5 MB/s", {"capabilities": ["postcopy-ram"], "postcopy-after": "2 s"}),
+    "multifd-channels": (7, {"capabilities": ["multifd"]}),
+    "xbzrle-cache-size": ("8 MiB", {"capabilities": ["xbzrle"]}),
+    "throttle-trigger-threshold": (100, {"capabilities": ["auto-converge"], "max-bandwidth": "190 MB/s"}),
+    "cpu-throttle-initial": (50, {"capabilities": ["auto-converge"]}),
+    "cpu-throttle-increment": (30, {"capabilities": ["auto-converge"]}),
+    "cpu-throttle-tailslow": (True, {"capabilities": ["auto-converge"], "cpu-throttle-increment": 60}),
+    "max-cpu-throttle": (25, {"capabilities": ["auto-converge"]}),
+    "zero-page-detection": ("none", {}),
+}
+
+
+@pytest.mark.parametrize("name", MATTERS)
+def test_a_parameter_that_is_modelled_changes_a_result(name: str) -> None:
+    value, needs = MATTERS[name]
+    base = {"time-limit": "12 s", **needs}
+    with_, without = run(**base | {name: value}), run(**base)
+    assert (with_.migration, with_.rounds) != (without.migration, without.rounds)
