@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from migsim import __version__
+from migsim.commands.output import open_closed_streams, say, silence_stdout, stdout_problem
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = ["main"]
 
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 130
+_NOT_WRITTEN: Final = (errno.EBADF, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)  # what a write to stdout gets
 
 _PACKAGE: Final = Path(__file__).parent
 _COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -46,32 +51,50 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """argparse swallows it when help cannot be written."""
+        if file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 yes, 1 no, 2 bad input, 3 a page was lost, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    open_closed_streams()
     try:
-        return _dispatch(arguments)
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit:  # argparse: --help, or a usage error
+        if (problem := stdout_problem()) is None:
+            raise
+        return _unwritable(problem)
     except KeyboardInterrupt:
-        print("migsim: interrupted", file=sys.stderr)
+        say("migsim: interrupted")
+        stdout_problem()
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         silence_stdout()
         return 0
-    finally:
-        _flush()
+    except OSError as error:
+        return _refused(error)
+    return code if (problem := stdout_problem()) is None else _unwritable(problem)
 
 
-def silence_stdout() -> None:
-    """After a reader hung up: nothing more goes to stdout, not even the interpreter's last flush."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _refused(error: OSError) -> int:
+    """The system refused something that no command expected: stdout itself, or a file."""
+    problem = stdout_problem()  # what could not be written may still be in the buffer
+    if problem is None and error.filename is None and error.errno in _NOT_WRITTEN:
+        problem = error.strerror
+    if problem is not None:
+        return _unwritable(problem)
+    where = f"{ascii(error.filename)[1:-1]}: " if error.filename is not None else ""
+    say(f"migsim: {where}{error.strerror or error}")
+    return EXIT_BAD_INPUT
 
 
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        silence_stdout()
+def _unwritable(problem: str) -> int:
+    say(f"migsim: standard output cannot be written: {problem}")
+    return EXIT_BAD_INPUT
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -94,7 +117,7 @@ def _dispatch(arguments: list[str]) -> int:
     except ValueError as error:
         if type(error).__name__ != "ScenarioError":  # by name: importing its class here would cost every --help
             raise
-        print(f"migsim: {error}", file=sys.stderr)
+        say(f"migsim: {error}")
         return EXIT_BAD_INPUT
 
 

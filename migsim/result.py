@@ -18,6 +18,7 @@ from migsim.scenario import Scenario
 
 __all__ = [
     "FORMAT", "DowntimePart", "Progress", "Result", "Round", "check_writable", "from_json", "to_json", "write_json",
+    "write_whole",
 ]  # fmt: skip
 
 FORMAT: Final = 1
@@ -105,23 +106,32 @@ def from_json(text: bytes) -> Result:
 
 
 def check_writable(path: str) -> None:
-    """Raises OSError if `write_json` could not put a file at `path`; leaves nothing behind."""
+    """Raises OSError if `write_whole` could not put a file at `path`; leaves nothing behind."""
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(21, "is a directory", path)
+    if target.exists() and not target.is_file():  # a FIFO or a device: written, never replaced
+        if not os.access(target, os.W_OK):
+            raise PermissionError(13, "Permission denied", path)
+        return
     with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name[:64]}."):
         pass
 
 
 def write_json(result: Result, path: str) -> None:
+    """`write_whole` of `to_json`. Raises OSError."""
+    write_whole(to_json(result), path)
+
+
+def write_whole(text: bytes, path: str) -> None:
     """Writes beside `path` and renames: a reader sees the old file or the whole new one. Raises OSError."""
     target = Path(path)
     if target.exists() and not target.is_file():  # a FIFO or /dev/stdout cannot be renamed over
-        target.write_bytes(to_json(result))
+        target.write_bytes(text)
         return
     with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name[:64]}.", delete=False) as stream:
         try:
-            stream.write(to_json(result))
+            stream.write(text)
             stream.flush()
             os.fchmod(stream.fileno(), 0o666 & ~_umask())
             os.replace(stream.name, target)

@@ -10,9 +10,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -117,16 +114,18 @@ def _tell(group: str) -> None:
 
 def _deliver(report: Report, shown: Sequence[Row], path: str | None) -> None:
     from migsim.bench import table
+    from migsim.commands.output import printing, say
 
     if path not in (None, "-"):
         assert path is not None
         _write(table.to_json(report), path)
-    table_to = sys.stderr if path == "-" else sys.stdout
     if sys.stderr.isatty():
         print("\r".ljust(49), end="\r", file=sys.stderr, flush=True)
-    if path == "-":
-        sys.stdout.buffer.write(table.to_json(report))
-    print("\n".join((*table.lines(shown), "", *_closing(report, shown))), file=table_to, flush=True)
+    text = "\n".join((*table.lines(shown), "", *_closing(report, shown)))
+    with printing(delivered=path not in (None, "-")):
+        if path == "-":
+            sys.stdout.buffer.write(table.to_json(report))
+        (say if path == "-" else print)(text)
 
 
 def _closing(report: Report, shown: Sequence[Row]) -> Iterator[str]:
@@ -154,21 +153,11 @@ def _refuse_unwritable(path: str) -> None:
 
 
 def _write(text: bytes, path: str) -> None:
-    """Beside `path`, then renamed: a reader sees the old file or the whole new one. Raises ScenarioError."""
-    target = Path(path)
+    """Raises ScenarioError."""
+    from migsim.result import write_whole
+
     try:
-        if target.exists() and not target.is_file():  # a FIFO or /dev/stdout cannot be renamed over
-            target.write_bytes(text)
-            return
-        with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name[:64]}.", delete=False) as stream:
-            stream.write(text)
-        try:
-            os.chmod(stream.name, 0o644)
-            os.replace(stream.name, target)
-        except OSError:
-            with suppress(FileNotFoundError):
-                os.unlink(stream.name)
-            raise
+        write_whole(text, path)
     except OSError as error:
         raise ScenarioError("", f"cannot be written: {error.strerror}", file=path) from None
 

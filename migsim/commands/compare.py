@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from migsim.commands.bounded import SEED_MAX, Bounded
 from migsim.commands.look import require_memory
+from migsim.commands.output import say
 from migsim.scenario import ScenarioError, load
 
 if TYPE_CHECKING:
     from migsim.compare import Column
+    from migsim.result import Result
 
 __all__ = ["add_arguments", "run_compare"]
 
@@ -23,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mmu", action="store_true", help="the scenario under shadow, tdp-5.10 and tdp")
     settings = "replace one value in every scenario, e.g. guest.memory=2TiB"
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="settings", help=settings)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all randomness [0]")
+    parser.add_argument("--seed", type=Bounded(0, SEED_MAX), default=0, metavar="N", help="of all randomness [0]")
     parser.add_argument("--no-verify", action="store_true", help="without the ground truth of every page")
 
 
@@ -45,9 +48,10 @@ def _by_mmu(arguments: argparse.Namespace) -> list[Column]:
     require_memory(scenario, verify=not arguments.no_verify)
     columns: list[Column] = []
     for column in by_mmu(scenario, seed=arguments.seed, verify=not arguments.no_verify):
+        _stop_if_interrupted(column.result)
         columns.append(column)
         if sys.stderr.isatty():
-            print(f"{column.name}: {column.result.verdict} ({len(columns)} of {len(MMUS)})", file=sys.stderr)
+            say(f"{column.name}: {column.result.verdict} ({len(columns)} of {len(MMUS)})")
     return columns
 
 
@@ -67,10 +71,18 @@ def _column(name: str, arguments: argparse.Namespace) -> Column:
     if not name.endswith(".json"):
         scenario = load(name, arguments.settings)
         require_memory(scenario, verify=not arguments.no_verify)
-        return Column(Path(name).stem, simulation.run(scenario, seed=arguments.seed, verify=not arguments.no_verify))
+        result = simulation.run(scenario, seed=arguments.seed, verify=not arguments.no_verify)
+        _stop_if_interrupted(result)
+        return Column(Path(name).stem, result)
     try:
         return Column(Path(name).stem, from_json(Path(name).read_bytes()))
     except OSError as error:
         raise ScenarioError("", f"cannot read the result: {error.strerror}", file=name) from None
     except (msgspec.MsgspecError, ValueError) as error:
         raise ScenarioError("", f"not a result of migsim run: {error}", file=name) from None
+
+
+def _stop_if_interrupted(result: Result) -> None:
+    """A run ends early with what it has at a Ctrl-C; here that ends the command."""
+    if result.interrupted:
+        raise KeyboardInterrupt

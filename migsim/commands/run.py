@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from migsim.commands.bounded import SEED_MAX, Bounded
 from migsim.commands.look import compiled, refuse_unwritable, require_memory
-from migsim.commands.output import printing
+from migsim.commands.output import printing, say
 from migsim.quantities import in_words
 from migsim.scenario import Scenario, ScenarioError, json_schema, load
 
@@ -32,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenario", nargs="?", metavar="SCENARIO.toml", help="what to migrate; - is standard input")
     settings = "replace one value, e.g. guest.memory=2TiB or guest.workload.0.rate='40 GB/s'"
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="settings", help=settings)
-    parser.add_argument("--seed", type=_bounded(0, (1 << 64) - 1), default=0, metavar="N", help="of all randomness [0]")
-    parser.add_argument("--threads", type=_bounded(1, 1024), metavar="N", help="of the emulator; changes no result")
+    parser.add_argument("--seed", type=Bounded(0, SEED_MAX), default=0, metavar="N", help="of all randomness [0]")
+    parser.add_argument("--threads", type=Bounded(1, 1024), metavar="N", help="of the emulator; changes no result")
     parser.add_argument("--json", metavar="FILE", help="write the result there; - is standard output")
     parser.add_argument("--trace", metavar="FILE", help="KVM's tracepoints as JSON lines; for small guests")
     parser.add_argument("--no-verify", action="store_true", help="without the ground truth of every page")
@@ -58,7 +59,7 @@ def run_run(arguments: argparse.Namespace) -> int:
         refuse_unwritable(arguments.trace)
     require_memory(scenario, verify=not arguments.no_verify)
     if not arguments.quiet and not compiled():
-        print("migsim: compiling the kernels, once after an install ...", file=sys.stderr, flush=True)
+        say("migsim: compiling the kernels, once after an install ...")
     result = _migrate(scenario, arguments)
     _deliver(result, arguments)
     return result.exit_code
@@ -139,25 +140,9 @@ def _deliver(result: Result, arguments: argparse.Namespace) -> None:
             write_json(result, arguments.json)
         except OSError as error:
             raise ScenarioError("", f"cannot write the result: {error.strerror}", file=arguments.json) from None
-    # With the JSON on stdout the table for people moves to stderr.
-    table_to = sys.stderr if arguments.json == "-" else sys.stdout
     with printing(delivered=arguments.json not in (None, "-")):
         if arguments.json == "-":
             sys.stdout.buffer.write(to_json(result))
             sys.stdout.buffer.flush()
         if not arguments.quiet:
-            print(summary(result), file=table_to, flush=True)
-
-
-class _bounded:
-    """An int of argparse with limits, said in the error."""
-
-    def __init__(self, least: int, most: int) -> None:
-        self.least, self.most = least, most
-
-    def __call__(self, text: str) -> int:
-        value = int(text) if text.isascii() and text.isdecimal() and len(text) < 24 else -1
-        if not self.least <= value <= self.most:
-            limits = f"must be a whole number from {self.least} to {self.most}"
-            raise argparse.ArgumentTypeError(f"{ascii(text[:40])} {limits}")
-        return value
+            (say if arguments.json == "-" else print)(summary(result))  # stdout is the JSON's alone

@@ -21,7 +21,8 @@ def result(**values) -> Result:
 
 @pytest.fixture
 def simulation(monkeypatch):
-    """A free hand in what a run returns."""
+    """A free hand in what a run returns. What a first run says of compiling is no part of it."""
+    monkeypatch.setattr("migsim.commands.run.compiled", lambda: True)
 
     def returns(run):
         monkeypatch.setattr("migsim.simulation.run", run)
@@ -96,7 +97,7 @@ def test_the_flags_reach_the_simulation(simulation):
     flags = ["--seed", "7", "--threads", "2", "--no-verify", "--set", "guest.vcpus=5", "--quiet"]
     assert cli.main(["run", TINY, *flags]) == 0
     seen.pop("progress")
-    assert seen == {"seed": 7, "threads": 2, "verify": False, "vcpus": 5}
+    assert seen == {"seed": 7, "threads": 2, "verify": False, "trace": None, "vcpus": 5}
 
 
 def test_an_interrupt_leaves_the_rounds_so_far_in_the_json(simulation, tmp_path, capsys):

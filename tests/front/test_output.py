@@ -1,0 +1,101 @@
+"""Standard output that is full, closed or hung up: one sentence, never a traceback, and a delivered result counts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from migsim.result import check_writable, from_json, write_whole
+
+TINY = "configs/tiny.toml"
+COMMANDS = (
+    f"run {TINY}",
+    f"run {TINY} --json -",
+    "run --schema",
+    "check --suite errno",
+    "check --list",
+    "selftest demand_paging_test",
+    "selftest demand_paging_test --json -",
+    f"compare --mmu {TINY}",
+    "bench --list",
+    "shape --xml {xml}",
+    "--help",
+    "run --help",
+)
+DOMAIN = "<domain><name>a</name><memory>4194304</memory><vcpu>2</vcpu></domain>"
+
+
+def shell(line: str, *, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    words = ["bash", "-c", f"set -o pipefail; '{sys.executable}' -m migsim {line}"]
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("closed", [">/dev/full", ">&-"])
+def test_a_full_or_closed_stdout_is_one_sentence_and_exit_2(command, closed, tmp_path):
+    xml = tmp_path / "d.xml"
+    xml.write_text(DOMAIN)
+    done = shell(f"{command.format(xml=xml)} {closed}")
+    lines = [line for line in done.stderr.splitlines() if "compiling" not in line]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("migsim: standard output cannot be written: ")
+
+
+@pytest.mark.parametrize("command", ["run --help", "selftest demand_paging_test"])
+def test_it_is_the_same_sentence_without_a_buffer(command):
+    done = shell(f"{command} >/dev/full", unbuffered="1")
+    assert done.returncode == 2
+    assert done.stderr == "migsim: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [">/dev/full", ">&-"])
+def test_a_result_in_its_file_is_delivered_whatever_stdout_does(closed, tmp_path):
+    path = tmp_path / "r.json"
+    done = shell(f"run {TINY} --json {path} {closed}")
+    assert done.returncode == 0 and done.stderr.rstrip().endswith("the result is in its file")
+    assert from_json(path.read_bytes()).converged
+    selftest = shell(f"selftest demand_paging_test --json {path} {closed}")
+    assert selftest.returncode == 0 and "demand_paging_test" in path.read_text()
+    check = shell(f"check --suite errno --ktap {path} {closed}")
+    assert check.returncode == 0 and path.read_text().startswith("KTAP version 1")
+    bench = shell(f"bench --quick --only corpus --json {path} {closed}")
+    assert bench.returncode == 0 and path.read_text().startswith("{")
+
+
+@pytest.mark.parametrize("closed", ["2>/dev/full", "2>&-"])
+@pytest.mark.parametrize("command", [f"run {TINY} --json -", "check --suite errno"])
+def test_a_stderr_that_cannot_be_written_changes_nothing(command, closed):
+    done = shell(f"{command} {closed}")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+def test_nobody_is_left_to_tell():
+    done = shell(f"run {TINY} >&- 2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_a_file_opened_after_stdout_was_closed_holds_only_its_own_text(tmp_path):
+    path = tmp_path / "r.json"
+    shell(f"run {TINY} --json {path} >&-")
+    assert from_json(path.read_bytes()).seed == 0
+
+
+@pytest.mark.parametrize("command", ["--help", "check --list", "bench --list", "selftest demand_paging_test"])
+def test_a_reader_that_left_is_no_error(command):
+    done = shell(f"{command} | true")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_whole_file_replaces_the_old_one_and_a_device_is_written_in_place(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+    write_whole(b"new", str(path))
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    check_writable("/dev/null")
+    write_whole(b"gone", "/dev/null")
+    with pytest.raises(OSError, match="No space"):
+        write_whole(b"lost", "/dev/full")
