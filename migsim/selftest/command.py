@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from migsim.commands.bounded import Bounded
+from migsim.commands.look import refuse_unwritable
+from migsim.commands.output import printing, say
+from migsim.scenario import ScenarioError
+from migsim.scenario.load import read_text
 
 if TYPE_CHECKING:
     from migsim.perf.memstress import Memstress
@@ -16,6 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["NAMES", "add_arguments", "run_selftest"]
 
 NAMES = ("access_tracking_perf_test", "demand_paging_test", "dirty_log_perf_test", "memslot_perf_test")
+VCPUS_MAX = 4096  # KVM_MAX_VCPUS at most (Linux 6.7)
+ADDRESS_BITS = 52  # of a guest's physical addresses at most
+ITERATIONS_MAX = 10_000  # a second of work here; the phases of each are printed
+SECONDS_MAX = 86_400
+PROFILE_BYTES_MAX = 1 << 20
+DELAY_MAX_US = 60_000_000
+_SLOTS_MAX = 32763  # selftest.memslot_perf.SLOTS_MAX, KVM's 32764 user slots less the test's own
 _BACKINGS = ("anonymous", "anonymous_thp", "anonymous_hugetlb_2mb", "anonymous_hugetlb_1gb", "shmem", "shared_hugetlb")
 
 
@@ -28,13 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="default", metavar="PROFILE", help="host profile, by name or .toml file")
     guest = parser.add_argument_group("guest (memstress)")
-    guest.add_argument("-v", "--vcpus", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
+    guest.add_argument("-v", "--vcpus", type=Bounded(1, VCPUS_MAX), default=1, metavar="N", help="vCPUs (default: 1)")
     guest.add_argument(
         "-b", "--memory-per-vcpu", type=_size, default=1 << 30, metavar="SIZE", help="such as 4GiB, 3G (default: 1GiB)"
     )
     guest.add_argument("-s", "--backing", choices=_BACKINGS, default="anonymous", help="backing source type")
     guest.add_argument("-o", "--overlap", action="store_true", help="all vCPUs touch the same memory")
-    guest.add_argument("-x", "--slots", type=int, default=1, metavar="N", help="memslots the guest is split over")
+    slots = Bounded(1, _SLOTS_MAX)
+    guest.add_argument("-x", "--slots", type=slots, default=1, metavar="N", help="memslots the guest is split over")
     guest.add_argument("--no-pml", action="store_true", help="without page-modification logging")
     guest.add_argument("--no-ad-bits", action="store_true", help="without hardware accessed and dirty bits")
     guest.add_argument("--no-eager-page-split", action="store_true", help="the module parameter off")
@@ -44,16 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_test_options(parser: argparse.ArgumentParser) -> None:
     dirty = parser.add_argument_group("dirty_log_perf_test")
-    dirty.add_argument("-i", "--iterations", type=int, metavar="N", help="dirty rounds (default: 2)")
-    dirty.add_argument("-w", "--write-percent", type=int, metavar="P", help="pages written, per cent (default: 100)")
+    rounds = Bounded(2, ITERATIONS_MAX)
+    dirty.add_argument("-i", "--iterations", type=rounds, metavar="N", help="dirty rounds (default: 2)")
+    percent = "pages written, per cent (default: 100)"
+    dirty.add_argument("-w", "--write-percent", type=Bounded(0, 100), metavar="P", help=percent)
     dirty.add_argument("-g", "--no-manual-caps", action="store_true", help="without manual protection")
     dirty.add_argument("--no-initially-set", action="store_true", help="manual protection without INITIALLY_SET")
     paging = parser.add_argument_group("demand_paging_test")
     paging.add_argument("-u", "--uffd", choices=("MISSING", "MINOR"), help="userfaultfd mode")
-    paging.add_argument("-d", "--uffd-delay", type=int, metavar="US", help="the handler's delay per fault, us")
+    delay = "the handler's delay per fault, us"
+    paging.add_argument("-d", "--uffd-delay", type=Bounded(0, DELAY_MAX_US), metavar="US", help=delay)
     slots = parser.add_argument_group("memslot_perf_test")
-    slots.add_argument("-n", "--nslots", type=int, metavar="N", help="memslots (default: 32763)")
-    slots.add_argument("-l", "--length", type=int, metavar="S", help="seconds per test (default: 5)")
+    slots.add_argument("-n", "--nslots", type=Bounded(1, _SLOTS_MAX), metavar="N", help="memslots (default: 32763)")
+    length = Bounded(1, SECONDS_MAX)
+    slots.add_argument("-l", "--length", type=length, metavar="S", help="seconds per test (default: 5)")
     slots.add_argument("-q", "--no-zap-all-quirk", action="store_true", help="KVM_X86_QUIRK_SLOT_ZAP_ALL off")
 
 
@@ -61,33 +80,39 @@ def run_selftest(args: argparse.Namespace) -> int:
     """Run the test and print it. 0 when it ran, 2 for bad input (one sentence on stderr)."""
     from migsim.perf.profile import ProfileError, load_profile
 
+    if args.json not in (None, "-"):
+        refuse_unwritable(args.json)
+    if os.sep in args.host or args.host.endswith(".toml"):
+        read_text(args.host, PROFILE_BYTES_MAX, "a host profile")  # a directory, /dev/zero: refused in a sentence
     try:
         _refuse_foreign_options(args)
+        _refuse_too_much_memory(args)
         outcome = _RUNNERS[args.name](args, load_profile(args.host))
     except (ProfileError, ValueError) as error:
-        print(f"migsim selftest: {error}", file=sys.stderr)
+        say(f"migsim selftest: {error}")
         return 2
-    return _report(outcome, args.json)
+    _report(outcome, args.json)
+    return 0
 
 
-def _report(outcome: Outcome, target: str | None) -> int:
-    if target != "-":
+def _report(outcome: Outcome, target: str | None) -> None:
+    """The JSON before anything is printed: a closed pipe cannot cost the result."""
+    from migsim.result import write_whole
+
+    text = json.dumps(outcome.as_json(), indent=2) + "\n"
+    delivered = target not in (None, "-")
+    if delivered:
+        try:
+            write_whole(text.encode(), str(target))
+        except OSError as error:
+            raise ScenarioError("", f"cannot write the result: {error.strerror}", file=str(target)) from None
+    with printing(delivered=delivered):
+        if target == "-":
+            sys.stdout.write(text)
+            return
         print("\n".join(outcome.lines))
         print(f"Total time: {outcome.total_time_ns / 1e9:.3f}s")
         print(f"Time waiting for mmu_lock: {100 * outcome.lock_waiting_share:.1f} % of the vCPUs' time")
-    if target is None:
-        return 0
-    text = json.dumps(outcome.as_json(), indent=2) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return 0
-    try:
-        with open(target, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        print(f"migsim selftest: --json {target}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
 
 
 _OWN: dict[str, dict[str, str]] = {
@@ -108,6 +133,13 @@ def _refuse_foreign_options(args: argparse.Namespace) -> None:
         for name, flag in options.items():
             if test != args.name and getattr(args, name) not in (None, False):
                 raise ValueError(f"{flag} belongs to {test}, not to {args.name}")
+
+
+def _refuse_too_much_memory(args: argparse.Namespace) -> None:
+    memory = args.memory_per_vcpu * (1 if args.overlap else args.vcpus)
+    if memory > 1 << ADDRESS_BITS:
+        sizes = f"{args.vcpus} vCPUs of {args.memory_per_vcpu} bytes"
+        raise ValueError(f"--memory-per-vcpu: {sizes} do not fit in physical addresses of {ADDRESS_BITS} bits")
 
 
 def _vm(args: argparse.Namespace, **more: int) -> Memstress:

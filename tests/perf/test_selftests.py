@@ -12,10 +12,11 @@ from migsim.cli import main
 from migsim.perf.memstress import Memstress
 from migsim.perf.profile import load_profile
 from migsim.perf.rules import MMUS
+from migsim.selftest import command
 from migsim.selftest.access_tracking_perf import access_tracking_perf_test
 from migsim.selftest.demand_paging import demand_paging_test
 from migsim.selftest.dirty_log_perf import dirty_log_perf_test
-from migsim.selftest.memslot_perf import memslot_perf_test
+from migsim.selftest.memslot_perf import SLOTS_MAX, memslot_perf_test
 from migsim.units import GIB, MIB
 
 _SKYLAKE = load_profile("skylake-2s-96")
@@ -82,23 +83,48 @@ def test_a_slot_change_copied_every_slot_before_5_17() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("demand_paging_test", "--vcpus", "0"), "at least one vCPU"),
+        (("demand_paging_test", "--vcpus", "0"), "from 1 to 4096"),
+        (("demand_paging_test", "--vcpus", "4097"), "from 1 to 4096"),
+        (("demand_paging_test", "--vcpus", "9" * 5000), "from 1 to 4096"),
+        (("demand_paging_test", "-v", "4096", "-b", "2T"), "physical addresses of 52 bits"),
+        (("demand_paging_test", "-o", "-b", "5000TiB"), "physical addresses of 52 bits"),
+        (("demand_paging_test", "-d", "-1"), "from 0 to 60000000"),
+        (("dirty_log_perf_test", "-i", "1000000000"), "from 2 to 10000"),
+        (("dirty_log_perf_test", "-w", "101"), "from 0 to 100"),
+        (("memslot_perf_test", "-l", "0"), "from 1 to 86400"),
         (("demand_paging_test", "-b", "5000"), "whole pages"),
         (("demand_paging_test", "-u", "MINOR"), "shared memory"),
-        (("dirty_log_perf_test", "-i", "1"), "at least two iterations"),
+        (("dirty_log_perf_test", "-i", "1"), "from 2 to 10000"),
         (("dirty_log_perf_test", "-u", "MISSING"), "belongs to demand_paging_test"),
         (("dirty_log_perf_test", "--kernel", "5.4"), "the TDP MMU came in 5.10"),
-        (("memslot_perf_test", "-n", "40000"), "1..32763"),
+        (("memslot_perf_test", "-n", "40000"), "from 1 to 32763"),
         (("dirty_log_perf_test", "--host", "nowhere"), "no host profile"),
+        (("dirty_log_perf_test", "--host", "/tmp"), "/tmp: is a directory; a host profile is a file"),
+        (("dirty_log_perf_test", "--host", "/dev/zero"), "is longer than"),
+        (("dirty_log_perf_test", "--host", "a\0b"), "null byte"),
+        (("dirty_log_perf_test", "--json", "/nonexistent/x"), "No such file or directory"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], complaint: str
 ) -> None:
-    assert main(["selftest", *arguments]) == 2
-    error = capsys.readouterr().err
+    try:
+        code = main(["selftest", *arguments])
+    except SystemExit as stop:  # argparse
+        assert stop.code == 2
+    else:
+        assert code == 2
+    out, error = capsys.readouterr()
     assert complaint in error
-    assert error.count("\n") == 1
+    assert (out, error.count("\n")) == ("", 1)
+
+
+def test_overlapping_vcpus_share_one_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    _selftest(capsys, "demand_paging_test", "-v", "4096", "-b", "2T", "-o")
+
+
+def test_the_most_slots_are_the_tests_own() -> None:
+    assert command._SLOTS_MAX == SLOTS_MAX
 
 
 @pytest.mark.parametrize(
