@@ -7,6 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from migsim.commands.look import refuse_unwritable
+from migsim.commands.output import printing, say
+from migsim.result import write_whole
+from migsim.scenario import ScenarioError
 from migsim.validate.backends import Backend, BadBackend, emulated, host, plugin
 from migsim.validate.junit import junit
 from migsim.validate.ktap import ktap
@@ -21,25 +25,49 @@ SCRIPT_SHOWN_MAX = 40  # steps
 
 def run_suites(arguments: argparse.Namespace) -> int:
     """The whole command but for the seeded bugs; the exit code."""
+    refuse_unwritable_reports(arguments)
     try:
         backends, sentences = choose_backends(arguments.backend)
     except BadBackend as error:
-        print(f"migsim check: {error}", file=sys.stderr)
+        say(f"migsim check: {error}")
         return EXIT_BAD_INPUT
     for sentence in sentences:
-        print(f"migsim check: {sentence}", file=sys.stderr)
+        say(f"migsim check: {sentence}")
     plans = list(all_plans(backends))
     if arguments.suite:
         plans = matching(plans, arguments.suite)
         if not plans and not sentences:
-            print(f"migsim check: {no_such_suite(arguments.suite)}", file=sys.stderr)
+            say(f"migsim check: {no_such_suite(arguments.suite)}")
             return EXIT_BAD_INPUT
     if arguments.list:
         print("\n".join(f"{plan.backend.name}  {plan.case.suite}/{plan.case.name}" for plan in plans))
         return 0
     outcomes = run_plans(plans, seed=arguments.seed, ops=arguments.ops, report=Printer(arguments.verbose).report)
     write_reports(arguments, outcomes)
-    return summary(outcomes, sentences)
+    # A stdout that is full costs what is printed, not the answer, where that is in a report.
+    delivered = any(path not in (None, "-") for path in (arguments.ktap, arguments.junit))
+    with printing(delivered=delivered):
+        summary(outcomes)
+    return exit_code(outcomes, sentences)
+
+
+def refuse_unwritable_reports(arguments: argparse.Namespace) -> None:
+    """Raises ScenarioError, before anything has run, for a report that could not be written after it."""
+    for path in (arguments.ktap, arguments.junit):
+        if path not in (None, "-"):
+            refuse_unwritable(path)
+    if arguments.ktap is not None and arguments.ktap == arguments.junit:
+        raise ScenarioError("", "--ktap and --junit cannot go to the same place", file=arguments.ktap)
+    if arguments.scripts is None:
+        return
+    try:
+        Path(arguments.scripts).mkdir(parents=True, exist_ok=True)
+        refuse_unwritable(str(Path(arguments.scripts) / "script"))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, ScenarioError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ScenarioError("", f"scripts cannot be written there: {reason}", file=arguments.scripts) from None
 
 
 def no_such_suite(name: str) -> str:
@@ -91,7 +119,7 @@ def write_reports(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) ->
         if path == "-":
             sys.stdout.write(text(outcomes))
         elif path:
-            Path(path).write_text(text(outcomes))
+            _write_report(text(outcomes), path)
     failures = [outcome for outcome in outcomes if outcome.script]
     if arguments.scripts and failures:
         from migsim.validate.print_script import write_scripts
@@ -101,8 +129,15 @@ def write_reports(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) ->
                 print(f"wrote {written}")
 
 
-def summary(outcomes: Sequence[Outcome], sentences: Sequence[str]) -> int:
-    """Print totals a backend and every reason for a skip once; the exit code."""
+def _write_report(text: str, path: str) -> None:
+    try:
+        write_whole(text.encode(), path)
+    except OSError as error:
+        raise ScenarioError("", f"cannot write the report: {error.strerror}", file=path) from None
+
+
+def summary(outcomes: Sequence[Outcome]) -> None:
+    """Print totals a backend and every reason for a skip once."""
     for name in dict.fromkeys(outcome.backend for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.backend == name]
         count = {status: sum(o.status == status for o in mine) for status in ("passed", "failed", "skipped")}
@@ -116,8 +151,12 @@ def summary(outcomes: Sequence[Outcome], sentences: Sequence[str]) -> int:
     if any(outcome.suite == "differential" for outcome in outcomes):
         print("not compared with the host, because it cannot be:")
         print("\n".join(f"  {line}" for line in NOT_SHOWN))
-    ran = any(outcome.status == "passed" for outcome in outcomes)
-    if not ran and not any(outcome.status == "failed" for outcome in outcomes):
+    if all(outcome.status == "skipped" for outcome in outcomes):
         print("nothing ran, so nothing was shown")
+
+
+def exit_code(outcomes: Sequence[Outcome], sentences: Sequence[str]) -> int:
+    """1 if anything failed, nothing passed, or a backend that was asked for is not there."""
     failed = any(outcome.status == "failed" for outcome in outcomes)
+    ran = any(outcome.status == "passed" for outcome in outcomes)
     return EXIT_FAILED if failed or sentences or not ran else 0

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from migsim.commands.bounded import SEED_MAX, Bounded
+from migsim.scenario import ScenarioError
+
 OPS_DEFAULT = 20_000
+OPS_MAX = 10**9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="emulated (default), host (the real /dev/kvm), all (both, and each step compared), or module:Class",
     )
     parser.add_argument("--suite", metavar="S", help="one suite, or one case as suite/case (--list names them)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random cases repeat with their seed")
-    parser.add_argument("--ops", type=_positive, default=OPS_DEFAULT, metavar="N", help="operations of a random case")
+    seed, ops = Bounded(0, SEED_MAX), Bounded(1, OPS_MAX)
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="random cases repeat with their seed")
+    parser.add_argument("--ops", type=ops, default=OPS_DEFAULT, metavar="N", help="operations of a random case")
     parser.add_argument("--ktap", metavar="FILE", help="write KTAP version 1 (- for standard output)")
     parser.add_argument("--junit", metavar="FILE", help="write JUnit XML (- for standard output)")
     parser.add_argument("--scripts", metavar="DIR", help="write a failure's script there as .py and .c")
@@ -27,15 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="every case on a line; bugs with their scripts")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: a positive number is allowed")
-    return value
-
-
 def run_check(arguments: argparse.Namespace) -> int:
     """0: everything asked for ran and passed.  1: something failed, or could not run.  2: bad input."""
+    if arguments.bug is not None and not arguments.seeded_bugs:
+        raise ScenarioError("--bug", "goes with --seeded-bugs", value=arguments.bug)
     if arguments.seeded_bugs:
         from migsim.validate.seeded.hunt import run_hunt
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from migsim.cli import main
 from migsim.host_kvm import device
 from migsim.host_kvm.device import unavailable_reason
 from migsim.validate.backends import Backend, BadBackend, emulated, plugin
@@ -19,6 +20,7 @@ from migsim.validate.junit import junit
 from migsim.validate.ktap import ktap
 from migsim.validate.registry import all_plans, suite_names
 from migsim.validate.runner import run_case
+from migsim.validate.seeded.hunt import BUGS
 from migsim.validate.verdicts import CheckFailed, Outcome
 
 needs_kvm = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
@@ -34,6 +36,11 @@ def check(*words: str) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return run_check(parser.parse_args(words))
+
+
+def refused(*words: str) -> int:
+    """As above, but through the command line, which turns refusals into sentences."""
+    return main(["check", *words])
 
 
 def test_a_suite_that_passes_exits_0_and_counts_its_bits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,13 +79,18 @@ def test_the_worked_example_of_a_bitmap_passes_and_says_what_does_not_apply(caps
         (("--backend", "no_such_module:X"), "No module named 'no_such_module'"),
         (("--backend", "examples.atomic_bitmap:Nope"), "has no Nope"),
         (("--backend", "argparse:Action"), "neither a bitmap's mark_dirty"),
-        (("--seeded-bugs", "--bug", "nope"), "--bug nope: allowed are "),
+        (("--seeded-bugs", "--bug", "nope"), '--bug = "nope": no such bug; known: '),
+        (("--bug", "no-final-bitmap"), "goes with --seeded-bugs"),
+        (("--suite", "errno", "--ktap", "/nonexistent/x"), "/nonexistent/x: the result cannot be written there"),
+        (("--suite", "errno", "--junit", "/tmp"), "/tmp: the result cannot be written there"),
+        (("--suite", "errno", "--ktap", "-", "--junit", "-"), "cannot go to the same place"),
+        (("--suite", "errno", "--scripts", "/dev/null/x"), "scripts cannot be written there: Not a directory"),
     ],
 )
 def test_bad_input_exits_2_with_one_sentence(
     words: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check(*words) == 2
+    assert refused(*words) == 2
     captured = capsys.readouterr()
     assert sentence in captured.err and captured.err.count("\n") == 1
     assert captured.out == ""
@@ -175,6 +187,33 @@ def test_reports_and_scripts_are_written_where_asked(tmp_path: Path) -> None:
     assert ktap_file.read_text().startswith("KTAP version 1\n")
     assert ElementTree.parse(junit_file).getroot().get("failures") == "1"
     assert sorted(path.suffix for path in (tmp_path / "s").iterdir()) == [".c", ".py"]
+
+
+def test_an_unknown_bug_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    name = next(iter(BUGS))
+    assert refused("--seeded-bugs", "--bug", f"{name}x") == 2
+    assert f'did you mean "{name}"?' in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("migsim.validate.check.run_plans", lambda *a, **k: pytest.fail("it ran"))
+    for flag in ("--ktap", "--junit"):
+        assert refused("--suite", "errno", flag, "/nonexistent/x") == 2
+    capsys.readouterr()
+
+
+def test_an_old_report_stays_when_the_new_one_cannot_be_put_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "a.ktap"
+    report.write_text("old")
+    with monkeypatch.context() as full:
+        full.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert refused("--suite", "errno", "--ktap", str(report)) == 2
+    assert capsys.readouterr().err == f"migsim: {report}: cannot write the report: No space left\n"
+    assert report.read_text() == "old" and list(tmp_path.iterdir()) == [report]
 
 
 def test_every_suite_is_listed_once_and_its_cases_have_names_of_their_own() -> None:

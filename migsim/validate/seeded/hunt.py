@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from migsim.scenario.errors import ScenarioError, nearest
 from migsim.validate.backends import Backend, emulated
 from migsim.validate.random_scripts import HUGE_PAGES, preempt, replay_audited
 from migsim.validate.registry import all_plans
@@ -93,13 +93,12 @@ def shortest(catch: Catch) -> tuple[Step, ...]:
 
 
 def run_hunt(arguments: argparse.Namespace) -> int:
-    """One line a bug; 0 if all are caught, 1 if one is missed, 2 for a bug that does not exist."""
+    """One line a bug; 0 if all are caught, 1 if one is missed. Raises ScenarioError for a bug that does not exist."""
     chosen = list(BUGS.values())
-    if arguments.bug:
+    if arguments.bug is not None:
         chosen = [bug for bug in chosen if bug.name == arguments.bug]
         if not chosen:
-            print(f"migsim check: --bug {arguments.bug}: allowed are {', '.join(BUGS)}", file=sys.stderr)
-            return 2
+            raise ScenarioError("--bug", f"no such bug{nearest(arguments.bug, BUGS)}", value=arguments.bug)
     catches = list(hunts(chosen, arguments))
     missed = sum(catch.outcome is None for catch in catches)
     print(f"{len(chosen) - missed} of {len(chosen)} bugs caught")
