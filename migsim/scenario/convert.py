@@ -6,7 +6,7 @@ The walk follows the structs' own annotations, so a new field needs no line here
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin
 
@@ -15,7 +15,7 @@ import msgspec
 from migsim.quantities import PARSERS
 from migsim.scenario.errors import ScenarioError, nearest, shown
 
-__all__ = ["convert", "quantity_of"]
+__all__ = ["convert", "is_text", "quantity_of"]
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -45,6 +45,25 @@ def quantity_of(annotation: Any) -> str | None:
             for meta in part.__metadata__:
                 if isinstance(meta, msgspec.Meta) and meta.extra and "quantity" in meta.extra:
                     return str(meta.extra["quantity"])
+    return None
+
+
+def is_text(kind: type[msgspec.Struct], keys: Sequence[str]) -> bool:
+    """Is what the dotted `keys` name below `kind` a text, or one of some texts, without a unit?"""
+    annotation: Any = kind
+    for key in keys:
+        annotation = _member(_core(annotation), key)
+    core = _core(annotation)
+    choices = get_args(core) if get_origin(core) is Literal else ()
+    return quantity_of(annotation) is None and (core is str or any(isinstance(choice, str) for choice in choices))
+
+
+def _member(kind: Any, key: str) -> Any:
+    """The annotation of `key` in a struct or a tuple, None for what has no such member."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return {field.encode_name: field.type for field in msgspec.structs.fields(kind)}.get(key)
+    if get_origin(kind) is tuple and key.isdecimal():
+        return get_args(kind)[0]
     return None
 
 

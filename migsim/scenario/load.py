@@ -46,7 +46,7 @@ def build(data: Mapping[str, Any], overrides: Iterable[str] = (), *, file: str =
     touched: list[str] = []
     try:
         for setting in overrides:
-            touched.append(apply(merged, setting))
+            touched.append(apply(merged, setting, Scenario))
         return convert(merged, Scenario)
     except ScenarioError as error:
         raise error.within("", error.file or _blamed(error.field, touched, file)) from None

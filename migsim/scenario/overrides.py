@@ -2,7 +2,8 @@
 
 The path is TOML's dotted keys, with numbers for the elements of a list (guest.workload.0.rate); the element one past
 the end is appended. The value is TOML where it parses as one value (true, 3, [..], {..}) and plain text otherwise, so
-that --set guest.memory="2 TiB" needs no quotes within quotes.
+that --set guest.memory="2 TiB" needs no quotes within quotes. Where the scenario has a text (migration.compat), what
+would be a number or a truth value (7.2) is that text.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ from __future__ import annotations
 import tomllib
 from typing import Any
 
+import msgspec
+
+from migsim.scenario.convert import is_text
 from migsim.scenario.errors import ScenarioError
 
 __all__ = ["apply"]
 
 
-def apply(data: dict[str, Any], setting: str) -> str:
-    """Changes `data` in place; returns the dotted path set. Raises ScenarioError with file "--set"."""
+def apply(data: dict[str, Any], setting: str, kind: type[msgspec.Struct]) -> str:
+    """Changes `data`, which is to become a `kind`, in place; returns the dotted path set.
+
+    Raises ScenarioError with file "--set".
+    """
     path, equals, text = setting.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
@@ -24,7 +31,10 @@ def apply(data: dict[str, Any], setting: str) -> str:
     node: Any = data
     for depth, key in enumerate(keys[:-1]):
         node = _step(node, key, ".".join(keys[: depth + 1]), [] if keys[depth + 1].isdecimal() else {})
-    _store(node, keys[-1], _value(text.strip()), ".".join(keys))
+    value = _value(text.strip())
+    if isinstance(value, bool | int | float) and is_text(kind, keys):
+        value = text.strip()
+    _store(node, keys[-1], value, ".".join(keys))
     return ".".join(keys)
 
 

@@ -136,6 +136,29 @@ def test_an_override_reaches_into_lists_and_appends():
 
 
 @pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("migration.compat=7.2", "7.2"),
+        ("migration.compat='7.2'", "7.2"),
+        ("migration.tls-creds=true", "true"),
+        ("guest.name=0x10", "0x10"),
+        ("guest.workload.0.name=1e3", "1e3"),
+        ("guest.vcpus=3", 3),
+        ("guest.populated=0.5", 0.5),
+    ],
+)
+def test_an_override_of_a_text_is_its_text_though_it_looks_like_a_number(setting, value):
+    node = build(with_guest(workload=[stream()]), [setting])
+    for key in setting.partition("=")[0].replace("-", "_").split("."):
+        node = node[int(key)] if key.isdecimal() else getattr(node, key)
+    assert node == value and type(node) is type(value)
+
+
+def test_a_number_for_one_of_some_texts_names_them():
+    assert 'must be one of "intel", "amd"' in refused(MINIMAL, "kvm.vendor=1")
+
+
+@pytest.mark.parametrize(
     "setting", ["x", "=1", "a..b=1", "guest.memory.x=1", "guest.workload.9.rate=1", "guest.name=a\nb=1"]
 )
 def test_an_override_that_is_none_is_refused_or_plain_text(setting):
