@@ -68,6 +68,8 @@ def make_spte(
         spte |= fmt.writable | fmt.mmu_writable
         if fmt.software_ad or ad_type != AdType.DISABLED:
             spte |= fmt.dirty
+    if prefetch:  # nobody has touched it: the first access must show, by A or by a fault
+        spte = mark_for_access_track(fmt, spte)
     fmt.validate_leaf(spte, gfn, level)
     return MadeSpte(spte, wrprot)
 

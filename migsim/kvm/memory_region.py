@@ -23,6 +23,7 @@ from migsim.kvm.memslot import (
     SlotArch,
 )
 from migsim.kvm.mmio import generation_mask
+from migsim.kvm.mmu_lock import WouldBlock
 from migsim.kvm.uapi import KVM_DIRTY_LOG_MANUAL_CAPS, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_error
 from migsim.planes import Plane
 from migsim.units import PAGE_SHIFT, PAGE_SIZE
@@ -279,7 +280,12 @@ class MemoryRegions:
     # -- generations -------------------------------------------------------------------------------------------------
 
     def swap_active(self, memslots: Memslots, change: Callable[[], None]) -> None:
-        """kvm_swap_active_memslots: in progress, the new set, wait for readers, then the next generation."""
+        """kvm_swap_active_memslots: in progress, the new set, wait for readers, then the next generation.
+
+        Raises WouldBlock while an MMU notifier runs: its start and its end must see the same slots.
+        """
+        if self._vm.mmu.state.invalidate.in_progress:
+            raise WouldBlock("the memslots cannot be swapped before the running MMU notifier has ended")
         memslots.generation |= KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
         change()
         self._vm.race("memslot: in progress")

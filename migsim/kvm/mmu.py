@@ -108,9 +108,11 @@ class Mmu:
         self.vm.trace(
             "kvm_page_fault", vcpu_id=vcpu.id, fault_address=gpa, error_code=error_code(fault)
         )
-        self.vm.stats.count_vcpu(vcpu.id, "pf_taken")
+        if not prefetch:
+            self.vm.stats.count_vcpu(vcpu.id, "pf_taken")
         result = direct_page_fault(self.state, root, fault, self._map)
-        if result in _STAT_OF:
+        # of faults nobody took only those that mapped something count (Linux 5.19)
+        if result in _STAT_OF and (result == RetPf.FIXED or not prefetch):
             self.vm.stats.count_vcpu(vcpu.id, _STAT_OF[result])
         return result
 

@@ -14,6 +14,7 @@ from migsim.kvm.changed_spte import assert_protected
 from migsim.kvm.host_mm import Gup, HostPage
 from migsim.kvm.levels import PageFault, hugepage_adjust
 from migsim.kvm.make_spte import restore_acc_track
+from migsim.kvm.memslot import KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
 from migsim.kvm.mmio import generation_mask, mmio_generation
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.roots import Root
@@ -49,6 +50,8 @@ def handle_mmio_page_fault(mmu: MmuState, root: Root, fault: PageFault) -> RetPf
     spte, _ = root.lookup(fault.gfn)
     if not mmu.fmt.is_mmio(spte):
         return RetPf.RETRY
+    if mmu.vm.memslots(root.as_id).generation & KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS:
+        return RetPf.INVALID  # the slots are just changing, and the SPTE does not say on which side it was made
     generation = mmu.vm.memslots(root.as_id).generation & generation_mask(mmu.fmt)
     stamped = mmio_generation(mmu.fmt, spte)
     mmu.vm.trace("check_mmio_spte", spte=spte, spte_gen=stamped, kvm_gen=generation, valid=stamped == generation)

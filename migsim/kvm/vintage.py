@@ -25,7 +25,8 @@ class Vintage:
     along): 5.10 habits. disable: what disabling the log does: 5.10 tests the wrong frame and zaps nothing (fixed by
     3eda3381), then leaf by leaf, then tables (5ba7c4c6), then in-place recovery (6.13). nx_skips_logged: NX recovery
     leaves tables of logged slots (eb298605). write_protected: RET_PF_WRITE_PROTECTED exists (6.12). lockless_aging:
-    aging needs RCU alone, or the rmap head's lock bit (6.14).
+    aging needs RCU alone, or the rmap head's lock bit (6.14). nx_read_lock: NX recovery of the TDP MMU holds mmu_lock
+    for read (6.18, a5775090), before for write.
     tdp: the TDP MMU serves direct roots; else the shadow MMU does.
     """
 
@@ -46,11 +47,12 @@ class Vintage:
     nx_skips_logged: bool = True
     write_protected: bool = True
     lockless_aging: bool = True
+    nx_read_lock: bool = True
 
 
 TDP: Final = Vintage("tdp")
 TDP_6_8: Final = replace(TDP, name="tdp-6.8", disable="zap-tables", write_protected=False,
-                          changed_pte=True, lockless_aging=False)  # fmt: skip
+                          changed_pte=True, lockless_aging=False, nx_read_lock=False)  # fmt: skip
 TDP_5_19: Final = replace(TDP_6_8, name="tdp-5.19", splits_on_fault=False, nx_skips_logged=False)
 TDP_5_15: Final = replace(TDP_5_19, name="tdp-5.15", eager_split=False, disable="zap-leafs")
 TDP_5_10: Final = Vintage(
@@ -70,8 +72,10 @@ TDP_5_10: Final = Vintage(
     nx_skips_logged=False,
     write_protected=False,
     lockless_aging=False,
+    nx_read_lock=False,
 )
 SHADOW: Final = replace(
-    TDP, name="shadow", tdp=False, shared_lock=False, eager_split=False, splits_on_fault=False, disable="zap-leafs"
-)
+    TDP, name="shadow", tdp=False, shared_lock=False, eager_split=False, splits_on_fault=False, disable="zap-leafs",
+    nx_read_lock=False,
+)  # fmt: skip
 VINTAGES: Final = {row.name: row for row in (SHADOW, TDP_5_10, TDP_5_15, TDP_5_19, TDP_6_8, TDP)}

@@ -60,19 +60,25 @@ def zap_table(mmu: MmuState, root: Root, table_pfn: int) -> bool:
 
 
 def zap_root(mmu: MmuState, root: Root) -> None:
-    """Empty a root in passes at 4K, 2M, 1G and the root's level, so that no single step is long (Linux 6.9)."""
+    """Empty a root in passes at 4K, 2M, 1G and the root's level, so that no single step is long (Linux 6.9).
+
+    A valid root (5.10 zaps those) is flushed before every yield; an invalid one by whoever loads a new root.
+    """
     if mmu.at_once and sum(root.n_tables) > WHOLE_ROOT_TABLES:
         whole_slot.zap_root(mmu, root)
         return
+    flush = False
     for level in (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, root.level):
         with mmu.rcu.read():
             for it in for_each_tdp_pte(root, 0, 1 << 9 * root.level, level):
-                if cond_resched(mmu, it, flush=False):
+                if cond_resched(mmu, it, flush=flush):
+                    flush = False
                     continue
                 if it.level > level or not mmu.fmt.is_present(it.old_spte):
                     continue
                 while not set_spte_atomic(mmu, it, mmu.fmt.nonpresent):
                     pass
+                flush = not root.invalid
     assert sum(root.n_tables) == 1, f"{root!r} zapped, yet tables {root.count_tables()} are linked"
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from migsim.kvm.changed_spte import clear_spte_bits, set_spte_atomic
 from migsim.kvm.config import VmConfig
+from migsim.kvm.log_invariants import stale_translations
+from migsim.kvm.mmu_lock import WouldBlock
 from migsim.kvm.paging import PagingStructure, Sptep
 from migsim.kvm.tdp_iter import for_each_tdp_pte
 from migsim.kvm.tdp_mmu import RetPf
@@ -204,3 +206,111 @@ def test_a_tracked_page_is_emulated_even_where_nothing_changes(mmu_guest, row: s
     guest.close()
 
 
+
+
+# -- yields ------------------------------------------------------------------------------------------------------------
+
+
+def test_5_10_zap_all_flushes_before_it_yields_on_a_valid_root(mmu_guest) -> None:
+    guest = mmu_guest(replace(PML, mmu="tdp-5.10"), level=1)
+    guest.write(*range(0, 2048, 100))
+    sched, yields = guest.mmu.state.sched, []
+
+    def resched() -> None:
+        yields.append(list(stale_translations(guest.vm)))
+
+    sched.need_resched, sched.resched = lambda: True, resched
+    guest.mmu.zap_all_fast()
+    assert len(yields) > 20 and not any(yields)
+    del sched.need_resched, sched.resched
+    guest.close()
+
+
+@pytest.mark.parametrize("row", ["tdp", "tdp-6.8"])
+def test_nx_recovery_takes_the_oldest_first_and_flushes_before_it_yields(mmu_guest, row: str) -> None:
+    guest = mmu_guest(replace(PML, nx_huge_pages=True), pages=4 * 512, vintage=VINTAGES[row])
+    order = (2, 0, 3, 1)
+    for region in order:
+        guest.mmu.page_fault(guest.vcpu, region * 512 * PAGE, write=False, exec=True)
+        guest.read(region * 512)
+    state, zapped, stale = guest.mmu.state, [], []
+
+    def resched() -> None:
+        assert not state.lock.held and not state.rcu.depth
+        zapped.append([region for region in order if not guest.mmu.fmt.is_present(guest.spte(region * 512)[0])])
+        stale.extend(stale_translations(guest.vm))
+
+    state.sched.need_resched, state.sched.resched = lambda: True, resched
+    seen = []
+    state.lock.read, honest = lambda: seen.append("read") or honest(), state.lock.read
+    assert guest.mmu.recover_nx(ratio=2) == 2
+    assert zapped == [[2], [2, 0]] and not stale
+    assert bool(seen) == state.vintage.nx_read_lock, "a5775090 (6.18): beside faults"
+    del state.sched.need_resched, state.sched.resched, state.lock.read
+    guest.close()
+
+
+def test_a_table_that_went_while_recovery_yielded_is_not_zapped_twice(mmu_guest) -> None:
+    guest = mmu_guest(replace(PML, nx_huge_pages=True), pages=4 * 512)
+    for region in range(4):
+        guest.mmu.page_fault(guest.vcpu, region * 512 * PAGE, write=False, exec=True)
+    sched = guest.mmu.state.sched
+    sched.need_resched, sched.resched = lambda: True, guest.mmu.zap_all_fast
+    assert guest.mmu.recover_nx(ratio=1) == 1 and guest.vm.stats.nx_lpage_splits == 0
+    del sched.need_resched, sched.resched
+    guest.close()
+
+
+# -- slots that change -------------------------------------------------------------------------------------------------
+
+
+def test_a_cached_mmio_spte_is_not_believed_while_the_slots_change(mmu_guest) -> None:
+    guest = mmu_guest(level=1)
+    assert guest.mmu.page_fault(guest.vcpu, 0x10000 * PAGE, write=True) == RetPf.EMULATE
+    seen: list[RetPf] = []
+
+    def access(point: str) -> None:
+        if point == "memslot: in progress":
+            seen.append(guest.mmu.page_fault(guest.vcpu, 0x10000 * PAGE, write=True))
+
+    guest.vm.race_hook = access
+    guest.vm.set_user_memory_region(2, 0, 0x10000 * PAGE, 4 * PAGE, guest.vm.alloc_memory(4 * PAGE))
+    guest.vm.race_hook = None
+    assert seen == [RetPf.FIXED], "the new slot is there, and the SPTE is from before"
+    guest.close()
+
+
+def test_slots_wait_for_a_running_notifier(mmu_guest) -> None:
+    guest = mmu_guest(level=1)
+    guest.write(5)
+    guest.mmu.invalidate_range_start(guest.hva, guest.hva + PAGE)
+    generation = guest.vm.memslots(0).generation
+    with pytest.raises(WouldBlock, match="before the running MMU notifier has ended"):
+        guest.log()
+    assert guest.vm.memslots(0).generation == generation and not guest.slot.logging
+    guest.mmu.invalidate_range_end(guest.hva, guest.hva + PAGE)
+    guest.log()
+    guest.close()
+
+
+# -- prefetch ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_prefetched_page_without_a_bits_faults_at_its_first_use(mmu_guest) -> None:
+    guest = mmu_guest(replace(PML, ad_bits=False), level=1)
+    guest.log()
+    stats, fmt = guest.vm.stats, guest.mmu.fmt
+    assert guest.mmu.page_fault(guest.vcpu, 5 * PAGE, write=False, prefetch=True) == RetPf.FIXED
+    assert fmt.is_access_tracked(guest.spte(5)[0]) and not fmt.is_writable(guest.spte(5)[0])
+    assert (stats.pf_taken, stats.pf_fixed) == (0, 1) and guest.get() == set()
+    guest.read(5)
+    assert fmt.is_accessed(guest.spte(5)[0]) and stats.pf_taken == stats.pf_fast == 1
+    guest.close()
+
+
+def test_of_prefetches_only_those_that_mapped_something_are_counted(mmu_guest) -> None:
+    guest = mmu_guest(level=1)
+    results = [guest.mmu.page_fault(guest.vcpu, 5 * PAGE, write=False, prefetch=True) for _ in range(2)]
+    assert results == [RetPf.FIXED, RetPf.SPURIOUS]
+    assert (guest.vm.stats.pf_taken, guest.vm.stats.pf_fixed, guest.vm.stats.pf_spurious) == (0, 1, 0)
+    guest.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from migsim.kvm.log_invariants import stale_translations
 from migsim.units import PAGE_SIZE
 from migsim.validate.backends import CONFIG, MMU, Backend
 from migsim.validate.case import Case, Context
@@ -36,6 +37,7 @@ def cases(backend: Backend) -> Iterator[Case]:
     yield Case(SUITE, "mitigation off", partial(steps, on=False), needs)
     yield Case(SUITE, "no recovery while logging", no_recovery_while_logging, needs)
     yield Case(SUITE, "recovery flushes", recovery_flushes, needs)
+    yield Case(SUITE, "recovery flushes before it yields", recovery_yields, needs)
 
 
 def _touch(rig: Rig, what: str, page: int) -> None:
@@ -99,3 +101,25 @@ def recovery_flushes(context: Context) -> None:
             if rig.content(page * 512 + 7) != 2:
                 raise CheckFailed("a store through a translation of a zapped table is lost")
         context.verified(3)
+
+
+def recovery_yields(context: Context) -> None:
+    """Where the worker lets others run between two tables, no vCPU may use what the tables so far held."""
+    with context.rig({"nx_huge_pages": True}, level=2) as rig:
+        rig.slot(3 * 512, 0)
+        rig.vcpus(2)
+        for page in range(3):
+            _touch(rig, "exec", page)
+            rig.store([page * 512 + 7], 1, 1)
+        sched = rig.vm.mmu.state.sched
+        sched.need_resched, sched.resched = lambda: True, lambda: _no_stale_translation(rig)
+        try:
+            rig.must(Inside("recover_nx"))
+        finally:
+            del sched.need_resched, sched.resched
+        context.verified(3)
+
+
+def _no_stale_translation(rig: Rig) -> None:
+    for sentence in stale_translations(rig.vm):
+        raise CheckFailed(f"while recovery yields: {sentence}")
