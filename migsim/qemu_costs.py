@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from migsim.guest.memory import layout
+from migsim.migration import compression
 from migsim.migration.loop_types import LoopCosts
 from migsim.migration.policies.auto_converge import TIMESLICE_NS
 from migsim.migration.ram import PS_PER_NS, SaveCosts
@@ -53,6 +54,7 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_throttle_tick_tcg": 0.0,  # how late, at most, a throttle tick is under TCG
     "qemu_postcopy_page": 3_000.0,  # sent, received, placed with UFFDIO_COPY
     "qemu_postcopy_discard_page": 130.0,  # a dirty page named to the destination and discarded there
+    **compression.ASSUMED_NS,
     "qemu_postcopy_run": 6_000_000.0,  # package received and loaded until the destination's vCPUs run
 }
 
@@ -73,17 +75,36 @@ class QemuCosts:
         """Do channels carry the pages?"""
         return "multifd" in self.scenario.migration.capabilities
 
+    @property
+    def tls(self) -> bool:
+        """Is the stream encrypted?"""
+        return bool(self.scenario.migration.tls_creds)
+
+    def channel_page(self) -> compression.ChannelPage:
+        """A page of data on one of multifd's channels."""
+        m = self.scenario.migration
+        levels = {"zlib": m.multifd_zlib_level, "zstd": m.multifd_zstd_level, "qatzip": m.multifd_qatzip_level}
+        return compression.channel_page(
+            self.ns, m.multifd_compression, levels.get(m.multifd_compression, 1), self.scenario.guest.compressed,
+            tls=self.tls, zero_copy="zero-copy-send" in m.capabilities,
+        )  # fmt: skip
+
     def save(self, link_bytes_per_s: float) -> SaveCosts:
         """Costs of a page on a link of that speed: the slowest of thread, channels and wire sets the pace."""
         thread_ns, zero_ns, normal_bytes = self._page_ns(), self.ns("qemu_zero_page"), NORMAL_PAGE
+        wire_bytes = float(normal_bytes)
         if self.multifd:
             channels = self.scenario.migration.multifd_channels
-            normal_bytes = PAGE_SIZE  # packets are counted by migration.multifd
-            thread_ns = max(self.ns("qemu_page_multifd"), self.ns("multifd_page") / channels)
+            page = self.channel_page()
+            normal_bytes, wire_bytes = page.stream_bytes, page.wire_bytes  # packets are migration.multifd's
+            thread_ns = max(self.ns("qemu_page_multifd"), page.cpu_ns / channels)
             if self.scenario.migration.compat != "7.2":  # channels look for zero pages since 9.0
                 zero_ns = max(self.ns("qemu_page_multifd"), zero_ns / channels)
+        elif self.tls:
+            thread_ns += self.ns("tls_byte") * NORMAL_PAGE
+            wire_bytes = compression.tls_wire_bytes(NORMAL_PAGE)
         return SaveCosts(
-            normal_ps=round(max(thread_ns * PS_PER_NS, _wire_ps(normal_bytes, link_bytes_per_s))),
+            normal_ps=round(max(thread_ns * PS_PER_NS, _wire_ps(wire_bytes, link_bytes_per_s))),
             zero_ps=round(max(zero_ns * PS_PER_NS, _wire_ps(ZERO_PAGE, link_bytes_per_s))),
             word_ps=round(self.ns("qemu_bitmap_word") * PS_PER_NS),
             clear_ps=round(self.ns("kvm_clear") * PS_PER_NS),
@@ -147,5 +168,5 @@ class QemuCosts:
         return {op: ns for op, ns in ASSUMED_NS.items() if op not in self.priced_ns}
 
 
-def _wire_ps(size: int, link_bytes_per_s: float) -> float:
+def _wire_ps(size: float, link_bytes_per_s: float) -> float:
     return size * NS_PER_S * PS_PER_NS / link_bytes_per_s

@@ -68,7 +68,10 @@ def wire_ram(scenario: Scenario, ram: Ram, world: World, costs: QemuCosts) -> Ra
         writes = any(stream.pages_per_s for stream in world.workload.streams)
         requeue = costs.ns("multifd_requeue_busy" if writes else "multifd_requeue_idle") if old else 0.0
         zero = rule_of(m.zero_page_detection, m.capabilities, m.compat)
-        return MultifdRam(ram, m.multifd_channels, requeue, sync_each_section=old, zero_on_channels=zero.on_channels)
+        return MultifdRam(
+            ram, m.multifd_channels, requeue, sync_each_section=old, zero_on_channels=zero.on_channels,
+            page_bytes=costs.channel_page().stream_bytes,
+        )  # fmt: skip
     if "xbzrle" in m.capabilities:
         cache = XbzrleCache(m.xbzrle_cache_size // PAGE_SIZE)
         return XbzrleRam(ram, cache, StreamWriters(scenario, world), costs.ns("qemu_xbzrle"))

@@ -37,6 +37,7 @@ class MultifdRam:
     requeue: float = 0.0
     sync_each_section: bool = False
     zero_on_channels: bool = False  # 9.0: zero pages ride in packet headers
+    page_bytes: int = PAGE_SIZE  # of a page of data in a packet: less with compression
     setup_synced: bool = False
     owed: float = 0.0  # fractional requeued pages not yet sent
 
@@ -71,10 +72,10 @@ class MultifdRam:
 
     def save(self, limits: SaveLimits) -> Saved:
         """One section: whole packets until the limit is passed, what is left in a last one, then the barrier."""
-        sum_ = _Sum()
+        sum_ = _Sum(page_bytes=self.page_bytes)
         why = self._with_unit_costs(lambda: self._packets(limits, sum_))
         if sum_.queued:
-            sum_.channel_bytes += multifd_packet(sum_.queued_data)
+            sum_.channel_bytes += multifd_packet_header() + sum_.queued_data * self.page_bytes
         sum_.channel_bytes += self._barrier(why)
         page_bytes = sum_.main_bytes + sum_.channel_bytes
         return Saved(sum_.normal, sum_.zero, page_bytes, sum_.elapsed_ps, why, sum_.channel_bytes)
@@ -87,7 +88,8 @@ class MultifdRam:
             if sum_.elapsed_ps >= limits.ps:
                 return TIME_LIMIT
             # all packets but the last in one go; zero pages between them may make that one superfluous
-            packets = max(1, min(left // FULL_PACKET, 1 << 20))
+            full = multifd_packet_header() + MULTIFD_PACKET_PAGES * self.page_bytes
+            packets = max(1, min(left // full, 1 << 20))
             why = self._send(packets * MULTIFD_PACKET_PAGES - sum_.queued, packets, limits.ps - sum_.elapsed_ps, sum_)
             if why != RATE_LIMIT:
                 return why
@@ -135,13 +137,14 @@ class _Sum:
     elapsed_ps: int = 0
     queued: int = 0
     queued_data: int = 0
+    page_bytes: int = PAGE_SIZE
 
     def queue(self, data: int, zero: int) -> None:
         """Fill packets with `data` pages and `zero` listed ones; where both occur they are spread evenly."""
         places, pages = self.queued + data + zero, self.queued_data + data
         full, self.queued = divmod(places, MULTIFD_PACKET_PAGES)
         self.queued_data = self.queued * pages // places if places else 0
-        self.channel_bytes += full * multifd_packet_header() + (pages - self.queued_data) * PAGE_SIZE
+        self.channel_bytes += full * multifd_packet_header() + (pages - self.queued_data) * self.page_bytes
 
 
 assert FULL_PACKET == 128 * PAGE_SIZE + 1344

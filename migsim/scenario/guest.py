@@ -140,6 +140,7 @@ class Guest(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fi
     numa_nodes: Annotated[int, Meta(ge=1, le=128)] = 1
     machine: Literal["q35", "pc"] = "q35"
     device_state: Annotated[int, size("state of the devices, sent while stopped", le=64 * GIB)] = 4 * MIB
+    compressed: Annotated[float, share("of a data page that is left when compressed; 0.5 is assumed")] = 0.5
     data: Annotated[tuple[Extent, ...] | None, Meta(description="RAM that is not zero; default: all but `zero`")] = None
     rom: tuple[Rom, ...] = ()
     device: tuple[Device, ...] = ()
