@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,15 @@ ROM_BLOCKS: Final = (
     ("pc.bios", 16, (0, 15)), ("pc.rom", 32, ()), ("/rom@etc/acpi/tables", 32, (0,)),
     ("/rom@etc/table-loader", 1, (0,)), ("/rom@etc/acpi/rsdp", 1, (0,)),
 )  # fmt: skip
+#: Field: types, least, most. The largest guest is what a replay of a few seconds can be made for.
+TYPES: Final[dict[str, tuple[tuple[type, ...], float, float]]] = {
+    "config.mem_mib": ((int,), 32, 1 << 20), "config.vcpus": ((int,), 1, 4096), "config.rate": ((int, float), 0, 1e9),
+    "config.write_bytes": ((int,), 1, PAGE_SIZE), "config.limit_s": ((int, float), 0, 1e6),
+    "config.dirty_rate_time": ((int,), 0, 60), "config.postcopy_after": ((int, float), 0, 1e6),
+    "guest.fill_pages": ((int,), 0, 1 << 28), "guest.ws_pages": ((int,), 0, 1 << 28),
+    "pre.writes_per_s": ((int, float), 0, 1e9),
+}  # fmt: skip
+REPLAYED: Final = "7.2."  # the release that recordings are compared with
 _PATTERNS: Final = {"sequential": "sequential", "uniform": "uniform", "hotcold": "hot-cold"}
 
 
@@ -78,7 +88,37 @@ def _read(file: Path) -> dict[str, Any]:
     for key in ("id", "result", *GIVEN):
         if key not in data:
             raise RecordingError(f"{file.name}: the field {key} is missing")
+    _check_types(file.name, data)
     return data
+
+
+def _check_types(name: str, data: Mapping[str, Any]) -> None:
+    """Types and bounds of what is read, and that it is of the one release whose replay was compared with it."""
+    for path, (kinds, low, high) in TYPES.items():
+        section, _, key = path.partition(".")
+        inside = data[section] if key else data
+        if not isinstance(inside, dict):
+            raise RecordingError(f"{name}: the field {section} must be an object")
+        value: Any = inside.get(key or section)
+        if value is None:
+            continue  # optional, or named by what misses it
+        if isinstance(value, bool) or type(value) not in kinds or not low <= value <= high:
+            raise RecordingError(f"{name}: the field {path} must be a number from {low:,} to {high:,}")
+    if not all(isinstance(one, str) for one in _list(name, data, "migrate_capabilities_on")):
+        raise RecordingError(f"{name}: the field migrate_capabilities_on must be a list of names")
+    for key in ("migrate_parameters", "result"):
+        if not isinstance(data[key], dict):
+            raise RecordingError(f"{name}: the field {key} must be an object")
+    version = data.get("qemu")  # as QEMU says it: "7.2.22 Debian ..."
+    if version is not None and not str(version).startswith(REPLAYED):
+        raise RecordingError(f"{name}: recorded with QEMU {str(version)[:40]}, and only {REPLAYED}x is replayed")
+
+
+def _list(name: str, data: Mapping[str, Any], key: str) -> list[object]:
+    value = data[key]
+    if not isinstance(value, list):
+        raise RecordingError(f"{name}: the field {key} must be a list")
+    return value
 
 
 def given(recording: Mapping[str, Any]) -> Given:
@@ -168,7 +208,7 @@ def _lead_in_ms(config: Mapping[str, Any]) -> int:
     It looks for the guest each 200 ms, waits 500 ms, measures the rate for 1 s, then runs calc-dirty-rate two times
     (three with KVM) and sees each end by a poll of 100 ms.
     """
-    seconds = config.get("dirty_rate_time", 1)
+    seconds: int = config.get("dirty_rate_time", 1)
     runs = (3 if config["accel"] == "kvm" else 2) if seconds else 0
     return 100 + 500 + 1000 + runs * (1000 * seconds + 100)
 
@@ -328,7 +368,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecordingError, OSError) as error:
         print(f"accuracy: {error}", file=sys.stderr)
         return 2
-    print(text if options.json == "-" else table(report))
+    try:
+        print(text if options.json == "-" else table(report), flush=True)
+    except BrokenPipeError:  # `| head`: nothing more goes to stdout, not even the interpreter's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
