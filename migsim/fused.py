@@ -31,6 +31,7 @@ from migsim.fused_views import (
     NOW_NS,
     REARMED_PAGES,
     RESULTS_LEN,
+    TAKEN,
     BlockView,
     Costs,
     Ints,
@@ -182,7 +183,7 @@ class FusedRam(Ram):
                 for counts, results in parts:
                     self._add(extent, counts, results)
                 if not self.lazy_clear:
-                    extent.kvm.harvested(sum(int(results[REARMED_PAGES]) for _, results in parts))
+                    extent.kvm.harvested(sum(int(results[TAKEN]) for _, results in parts))
         new = int(self.results[NEW]) - before
         self.dirty_pages += new
         return new

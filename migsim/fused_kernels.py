@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from migsim.fused_views import BITS, FIRST_LOST, LOST, NEW, REARMED_PAGES, BlockView, Ints, SlotView, Streams
+from migsim.fused_views import BITS, FIRST_LOST, LOST, NEW, TAKEN, BlockView, Ints, SlotView, Streams
 from migsim.guest.catch_up import clear_zero, draw_hits, write_words
 from migsim.kvm.bulk import has_tables, store_faulting, store_mapped, store_mapped_pml, store_writable_pml
 from migsim.planes import Words
@@ -255,7 +255,7 @@ def _take_all(sc: int, groups: int, slot: SlotView, results: Ints) -> None:
             protection[i] &= ~bits
             slot.log[i] = ZERO
             taken += popcount(bits)
-    results[REARMED_PAGES] += np.int64(taken)
+    results[TAKEN] += np.int64(taken)
 
 
 @njit(cache=True, nogil=True)

@@ -16,9 +16,9 @@ Floats = NDArray[np.float64]
 # Why a kernel came back, beyond ram_kernels' reasons.
 NEED_4K, NEED_CLOCK, NEED_TABLES = 10, 11, 12
 
-# Indices into the int64 results of a kernel.
-NEW, LOST, FIRST_LOST, BITS, REARMED_PAGES, CLEAR_CALLS, NOW_NS = range(7)
-RESULTS_LEN = 7
+# Indices into the int64 results of a kernel. REARMED_PAGES: by CLEAR; TAKEN: by GET without manual protection.
+NEW, LOST, FIRST_LOST, BITS, REARMED_PAGES, CLEAR_CALLS, NOW_NS, TAKEN = range(8)
+RESULTS_LEN = 8
 
 
 class Streams(NamedTuple):
