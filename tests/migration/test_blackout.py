@@ -158,8 +158,8 @@ def test_what_is_accepted_and_not_modelled_is_refused_or_named() -> None:
         run(capabilities=["x-colo"])
     with pytest.raises(ScenarioError, match="mode.*not modelled here"):
         run(mode="cpr-reboot")
-    named = run(capabilities=["release-ram"], **{"tls-creds": "tls0", "max-bandwidth": 0, "downtime-limit": 900})
-    assert named.host["not-modelled"] == ["release-ram", "tls-creds"]
+    named = run(capabilities=["release-ram"], **{"announce-rounds": 9, "max-bandwidth": 0, "downtime-limit": 900})
+    assert named.host["not-modelled"] == ["release-ram", "announce-rounds"]
 
 
 def test_multifd_pages_are_queued_twice_only_on_the_host_that_was_seen_doing_it() -> None:
