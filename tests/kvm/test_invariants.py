@@ -136,6 +136,14 @@ def test_a_translation_that_outlives_the_log_bit_is_found(ring: bool) -> None:
     assert found(vm, "the SPTE names another frame")
 
 
+def test_a_bit_beyond_the_slot_is_found() -> None:
+    vm, _ = logged(WP)
+    slot = vm.gfn_to_slot(0, BASE)
+    assert slot is not None and slot.dirty_bitmap is not None
+    slot.dirty_bitmap.words[-1] |= np.uint64(1 << 63)
+    assert found(vm, f"bits beyond page {N}")
+
+
 # -- rings -------------------------------------------------------------------------------------------------------------
 
 
