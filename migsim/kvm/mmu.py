@@ -39,6 +39,7 @@ class Mmu:
         self.tdp = TdpMmu(self.state)
         self.parts: tuple[ShadowMmu | TdpMmu, ...] = (self.shadow, self.tdp) if self.tdp_enabled else (self.shadow,)
         self._loaded = self.state.loaded
+        self._valid_gen = 0  # mmu_valid_gen, a bit that toggles
 
     @property
     def fmt(self) -> SpteFormat:
@@ -161,7 +162,8 @@ class Mmu:
 
     def zap_all_fast(self) -> None:
         """Zap everything; vCPUs build new roots meanwhile (kvm_mmu_zap_all_fast)."""
-        self.vm.trace("kvm_mmu_zap_all_fast", mmu_valid_gen=0, mmu_used_pages=self.table_pages())
+        self._valid_gen ^= 1
+        self.vm.trace("kvm_mmu_zap_all_fast", mmu_valid_gen=self._valid_gen, mmu_used_pages=self.table_pages())
         for part in self.parts:
             part.zap_all()
 

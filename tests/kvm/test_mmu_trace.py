@@ -56,6 +56,15 @@ def test_the_fast_path_traces_what_it_changed(mmu_guest) -> None:
     guest.close()
 
 
+def test_the_valid_generation_toggles_with_every_zap_of_all(mmu_guest) -> None:
+    guest, seen = mmu_guest(level=1), []
+    guest.vm.trace_sink = lambda name, fields: seen.append(fields.get("mmu_valid_gen"))
+    for _ in range(3):
+        guest.mmu.zap_all_fast()
+    assert [gen for gen in seen if gen is not None] == [1, 0, 1]
+    guest.close()
+
+
 def test_an_event_kvm_does_not_have_is_an_assertion() -> None:
     sink = JsonLines(io.StringIO())
     with pytest.raises(AssertionError, match="tracepoint kvm_age_hva has fields"):
