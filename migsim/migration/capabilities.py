@@ -55,7 +55,7 @@ OTHER_LOOPS: Final[Mapping[str, str]] = {
 #: on who may connect, on announcements after the end, or on costs that a host profile carries.
 WITHOUT_EFFECT: Final = frozenset({
     "rdma-pin-all", "zero-blocks", "block", "release-ram", "dirty-bitmaps", "postcopy-blocktime", "x-ignore-shared",
-    "zero-copy-send", "announce-initial", "announce-max", "announce-rounds", "announce-step", "tls-creds",
+    "announce-initial", "announce-max", "announce-rounds", "announce-step",
     "tls-hostname", "tls-authz", "block-bitmap-mapping", "block-incremental", "x-checkpoint-delay", "direct-io",
 })  # fmt: skip
 
