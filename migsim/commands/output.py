@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from typing import TextIO
 
 __all__ = ["open_closed_streams", "printing", "say", "silence_stdout", "stdout_problem"]
 
@@ -28,13 +29,15 @@ def open_closed_streams() -> None:
 
 def say(text: str) -> None:
     """A sentence for the person, on stderr if that can still be written."""
-    with suppress(OSError):
+    try:
         print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
 
 
 def silence_stdout() -> None:
     """After a reader hung up: nothing more goes to stdout, not even the interpreter's last flush."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _silence(sys.stdout)
 
 
 def stdout_problem() -> str | None:
@@ -65,6 +68,13 @@ def printing(*, delivered: bool) -> Iterator[None]:
             raise
         silence_stdout()
         say(f"migsim: standard output cannot be written: {error.strerror}; the result is in its file")
+
+
+def _silence(stream: TextIO) -> None:
+    """What is still in the stream's buffer, or is printed from now on, goes nowhere; its flush at exit succeeds."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _take(descriptor: int, mode: int) -> None:
