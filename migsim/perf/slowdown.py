@@ -24,6 +24,7 @@ from migsim.perf.stalls import StallHistogram
 __all__ = ["ClosedLoop", "Pace", "RoundCost", "Window"]
 
 Floats = NDArray[np.float64]
+RARE = 1e-12  # a chance of waiting for the lock below this is none: nobody waits once in 10^12 writes
 _PML_ENTRIES: Final = 512
 _RING_RESERVE: Final = 64  # KVM_DIRTY_RING_RSVD_ENTRIES: the soft limit leaves them, and room for a PML buffer
 SOFT_LOCKUP_NS: Final = 20 * 10**9  # watchdog_thresh 10 s, reported at twice that (kernel/watchdog.c)
@@ -169,7 +170,7 @@ class ClosedLoop:
         write_ns = self.vcpus / wanted + chance.fast * self._fast_ns + chance.logged * self._logged_ns
         flushed = min(window.clear_calls * self._flush_ns / window.duration_ns, 0.9) if window.duration_ns else 0.0
         write_ns /= 1.0 - flushed
-        if chance.locked <= 0.0:
+        if chance.locked <= RARE:
             return Pace(max(write_ns * wanted / self.vcpus, 1.0))
         calls = window.clear_calls
         hold = held / calls if calls else 0.0

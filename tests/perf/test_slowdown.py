@@ -165,3 +165,23 @@ def test_an_exponential_stall_is_spread_as_drawn_samples_are(mean: float, shift:
     for value in np.random.default_rng(1).exponential(mean, 20_000) + shift:
         drawn.add(float(value))
     assert np.abs(stalls.counts - drawn.counts).max() < 500
+
+
+def test_a_chance_of_locking_that_has_died_out_is_no_wait_and_no_nan() -> None:
+    """Long runs under the shadow MMU: the last huge page is nearly surely written, its chance is a subnormal."""
+    import msgspec
+
+    from migsim import simulation
+    from migsim.scenario.load import build
+
+    scenario = build({
+        "guest": {
+            "memory": "64 MiB", "backing": "2M", "vcpus": 2,
+            "workload": [{"pattern": "uniform", "rate": "200000 pages/s", "working-set": "32 MiB"}],
+        },
+        "kvm": {"mmu": "shadow"},
+        "migration": {"max-bandwidth": 0, "downtime-limit": "1 ms", "time-limit": "60 s"},
+        "link": {"bandwidth": "100 Mbit/s"},
+    })  # fmt: skip
+    result = simulation.run(scenario)
+    assert b"NaN" not in msgspec.json.encode(result.rounds) and result.exit_code == 1
