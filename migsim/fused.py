@@ -42,7 +42,16 @@ from migsim.guest.memory import RamBlock
 from migsim.guest.workload import Workload
 from migsim.kvm.bulk import COUNTS_LEN, Leaves
 from migsim.migration.ram import BlockState, KvmSlot, Ram, Saved, SaveLimits
-from migsim.migration.ram_kernels import DUPLICATE, ELAPSED_PS, END_OF_SPAN, NORMAL, STATE_LEN, USED, next_dirty
+from migsim.migration.ram_kernels import (
+    DUPLICATE,
+    ELAPSED_PS,
+    END_OF_SPAN,
+    NORMAL,
+    STATE_LEN,
+    USED,
+    must_stop,
+    next_dirty,
+)
 from migsim.planes import Flags, Plane, Words, summary_of_ones
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, chunks_of
 from migsim.words import SUMMARY_WORDS, entry_of
@@ -239,7 +248,7 @@ class FusedRam(Ram):
         while self.dirty_pages and why == END_OF_SPAN:
             extent = next((e for e in self.extents[self.block_index] if e.first <= self.page < e.end), None)
             before = state[NORMAL] + state[DUPLICATE]
-            if extent is not None and self._dirty_from_here(extent):
+            if extent is not None and self._dirty_from_here(extent) and not must_stop(state, limits.bytes, limits.ps):
                 self.name_block(state)
             why = self._send_plain(state, limits) if extent is None else self._send(extent, limits, start, state)
             self.dirty_pages -= int(state[NORMAL] + state[DUPLICATE] - before) if extent is not None else 0

@@ -226,7 +226,8 @@ class Ram:
         if why != END_OF_SPAN:
             return why
         self.name_block(vector)
-        return self._save_chunk(state, found, limits, vector)
+        why = int(must_stop(vector, limits.bytes, limits.ps))
+        return why if why != END_OF_SPAN else self._save_chunk(state, found, limits, vector)
 
     def name_block(self, vector: Ints) -> None:
         """The first page after one of another block carries the block's name."""
