@@ -45,16 +45,6 @@ def chunks_of(pages: int) -> int:
     return -(-pages // CHUNK_PAGES)
 
 
-def gpa_to_gfn(gpa: int) -> int:
-    """Guest frame number of a guest-physical address."""
-    return gpa >> PAGE_SHIFT
-
-
-def gfn_to_gpa(gfn: int) -> int:
-    """Guest-physical address of a guest frame."""
-    return gfn << PAGE_SHIFT
-
-
 def pages_per_level(level: int) -> int:
     """4 KiB pages one entry of a table at `level` spans (level 1 = 4K, 2 = 2M, 3 = 1G)."""
     return 1 << (LEVEL_BITS * (level - 1))

@@ -16,6 +16,7 @@ from migsim.guest import draw
 from migsim.guest.draw import chunk_key, draw_sweep, draw_uniform
 from migsim.guest.workload import SEQUENTIAL
 from migsim.planes import Words
+from migsim.sim.prng import derived
 from migsim.words import ONE, ONES, ZERO, lowest_bit, ones_run
 
 Ints = NDArray[np.int64]
@@ -146,14 +147,6 @@ def pages_hit(
             out |= {page - base for page in swept if a <= page < b}
         else:
             p = -math.expm1(-float(clock[s] - seen[s]) / (hi - lo))
-            key = _stream_chunk_key(seed_key, s, unit, visit)
+            key = derived(seed_key, s, unit, visit)
             out |= draw.bits_hit(a - base, b - base, p, key)
     return out
-
-
-def _stream_chunk_key(seed_key: int, stream: int, unit: int, visit: int) -> int:
-    from migsim.sim.prng import GOLDEN, mix
-
-    key = mix(seed_key + (stream + 1) * GOLDEN)
-    key = mix(key + (unit + 1) * GOLDEN)
-    return mix(key + (visit + 1) * GOLDEN)

@@ -32,7 +32,6 @@ from migsim.kvm.host_mm import LEAF_TABLE_PFN_BASE, TABLE_PFN_BASE
 from migsim.kvm.make_spte import make_nonleaf_spte
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.paging import huge_leafs, present_entries
-from migsim.kvm.populate import ensure_table
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import ENTRIES, PAGE_SIZE_BIT, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
 from migsim.kvm.uapi import KVM_DIRTY_LOG_MANUAL_CAPS
@@ -193,7 +192,7 @@ class BulkSlot:
             if lacking.any():
                 self._open_1g(gfn)
                 before = self._tables()
-                ensure_table(self._root, gfn, PG_LEVEL_2M)
+                self._root.ensure_table(gfn, PG_LEVEL_2M)
                 self._vm.meter.count("table_alloc", self._tables() - before)
                 entries = self._level_2(gfn, len(lacking))
                 assert entries is not None

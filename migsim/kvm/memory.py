@@ -53,11 +53,6 @@ class Memory:
         """What copy on write and page migration do."""
         self._pages[target_pfn] = dict(self._pages.get(source_pfn, {}))
 
-    def zero_page(self, pfn: int) -> None:
-        """A frame given back and given out again."""
-        self._pages.pop(pfn, None)
-
-
 def pages_spanned(address: int, n_bytes: int) -> list[tuple[int, int, int]]:
     """Pieces of [address, address + n_bytes) that do not cross a page: (page number, offset, length)."""
     pieces = []

@@ -117,10 +117,6 @@ class Memslot:
         assert gfn in self, f"gfn {gfn:#x} outside {self!r}"
         return self.userspace_addr + (gfn - self.base_gfn << PAGE_SHIFT)
 
-    def gfn_of_hva(self, hva: int) -> int:
-        """Guest frame at host address `hva`, which must lie in the slot's memory."""
-        return self.base_gfn + (hva - self.userspace_addr >> PAGE_SHIFT)
-
     def __repr__(self) -> str:
         return (
             f"Memslot(as_id={self.as_id}, id={self.id}, base_gfn={self.base_gfn:#x}, npages={self.npages}, "

@@ -29,7 +29,7 @@ from migsim.kvm.spte import (
     gfn_round,
     spte_index,
 )
-from migsim.units import LEVEL_BITS, PAGE_SIZE, pages_per_level
+from migsim.units import LEVEL_BITS, pages_per_level
 
 
 class Sptep(NamedTuple):
@@ -147,11 +147,6 @@ class PagingStructure:
         """Level -> table pages allocated."""
         return {level: self.n_tables[level] for level in range(1, self.level + 1)}
 
-    @property
-    def table_bytes(self) -> int:
-        """Memory KVM would hold in this structure's table pages."""
-        return sum(self.n_tables) * PAGE_SIZE
-
     # -- slots -------------------------------------------------------------------------------------------------------
 
     def add_slot(self, slot: SlotShape) -> None:
@@ -268,18 +263,18 @@ class PagingStructure:
                 return at.table_pfn - TABLE_PFN_BASE
         return -1
 
-    def ensure_l2_row(self, gfn: int) -> int:
-        """The same, making the tables above and the table itself where they are missing."""
-        table, level = self.root_pfn, self.level
-        while level > PG_LEVEL_2M:
-            at = Sptep(table, spte_index(gfn, level))
+    def ensure_table(self, gfn: int, level: int) -> int:
+        """Frame of the table of `level` (2 or more) that covers gfn, linked with those above where missing."""
+        table, at_level = self.root_pfn, self.level
+        while at_level > level:
+            at = Sptep(table, spte_index(gfn, at_level))
             spte = self.read(at)
             if not self.fmt.is_present(spte):
-                spte = make_nonleaf_spte(self.fmt, self.alloc_table(level - 1, gfn), self.ad_type)
+                spte = make_nonleaf_spte(self.fmt, self.alloc_table(at_level - 1, gfn), self.ad_type)
                 self.write(at, spte)
-            assert not self.fmt.is_leaf(spte, level), f"SPTE {spte:#018x} gfn {gfn:#x} level {level} is a leaf"
-            table, level = self.fmt.pfn(spte), level - 1
-        return table - TABLE_PFN_BASE
+            assert not self.fmt.is_leaf(spte, at_level), f"SPTE {spte:#018x} gfn {gfn:#x} level {at_level} is a leaf"
+            table, at_level = self.fmt.pfn(spte), at_level - 1
+        return table
 
     def tables_at(self, level: int, first: int, end: int) -> Iterator[tuple[int, int]]:
         """(row, first gfn) of every table at `level` (2 or more) that covers part of gfns [first, end), ascending."""

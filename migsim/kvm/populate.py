@@ -12,24 +12,9 @@ from migsim.kvm.host_mm import LEAF_TABLE_PFN_BASE, TABLE_PFN_BASE, linear_pfn
 from migsim.kvm.make_spte import make_nonleaf_spte, make_spte
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
-from migsim.kvm.paging import Sptep
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import ACC_ALL, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, spte_index
 from migsim.units import LEVEL_BITS, PAGE_SHIFT, REGION_PAGES, pages_per_level
-
-
-def ensure_table(root: Root, gfn: int, level: int) -> int:
-    """Frame of the table of `level` (2 or more) that covers gfn, linked together with those above where missing."""
-    table, at_level = root.root_pfn, root.level
-    while at_level > level:
-        at = Sptep(table, spte_index(gfn, at_level))
-        spte = root.read(at)
-        if not root.fmt.is_present(spte):
-            spte = make_nonleaf_spte(root.fmt, root.alloc_table(at_level - 1, gfn), root.ad_type)
-            root.write(at, spte)
-        assert not root.fmt.is_leaf(spte, at_level), f"SPTE {spte:#018x} gfn {gfn:#x} level {at_level} is a leaf"
-        table, at_level = root.fmt.pfn(spte), at_level - 1
-    return table
 
 
 def populate(mmu: MmuState, root: Root, slot: Memslot, first: int, pages: int) -> None:
@@ -83,10 +68,10 @@ def _map_run(mmu: MmuState, root: Root, slot: Memslot, gfn: int, level: int, cou
     ).spte  # fmt: skip
     mmu.stats.update_page_stats(level, count)
     if level > PG_LEVEL_4K:
-        table, entry = ensure_table(root, gfn, level), spte_index(gfn, level)
+        table, entry = root.ensure_table(gfn, level), spte_index(gfn, level)
         root.tables[table - TABLE_PFN_BASE, entry : entry + count] = _series(made, pages_per_level(level), count)
         return
-    table, entry = ensure_table(root, gfn, PG_LEVEL_2M), spte_index(gfn, PG_LEVEL_2M)
+    table, entry = root.ensure_table(gfn, PG_LEVEL_2M), spte_index(gfn, PG_LEVEL_2M)
     tables = (gfn + count - 1 >> LEVEL_BITS) - (gfn >> LEVEL_BITS) + 1
     entries = root.tables[table - TABLE_PFN_BASE, entry : entry + tables]
     missing = entries == np.uint64(mmu.fmt.nonpresent)

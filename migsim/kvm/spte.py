@@ -252,11 +252,6 @@ NPT_5_10: Final = spte_format("amd", vintage_5_10=True)
 FORMATS: Final = (EPT, NPT, EPT_5_10, NPT_5_10)
 
 
-def level_shift(level: int) -> int:
-    """Address bits one entry of a table at `level` spans."""
-    return PAGE_SHIFT + LEVEL_BITS * (level - 1)
-
-
 def spte_index(gfn: int, level: int) -> int:
     """Index 0..511 of `gfn` in its table at `level`."""
     return gfn >> LEVEL_BITS * (level - 1) & (ENTRIES - 1)

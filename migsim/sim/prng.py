@@ -30,7 +30,11 @@ def word(key: int, index: int) -> int:
 
 def stream_key(seed: int, *names: int) -> int:
     """A key of its own for each tuple of small integers (seed, stream, chunk, visit ...)."""
-    key = mix(seed ^ GOLDEN)
+    return derived(mix(seed ^ GOLDEN), *names)
+
+
+def derived(key: int, *names: int) -> int:
+    """A key below `key` for each tuple of names; deriving in two goes is deriving in one."""
     for name in names:
         key = mix(key + (name + 1) * GOLDEN)
     return key
