@@ -1,6 +1,7 @@
 """Host profiles: what a machine is and what each named operation costs on it, every number with its source.
 
-A profile is a TOML file in `configs/hosts`; one that names a `base` inherits every number it does not state itself.
+A profile is a TOML file in `configs/hosts` (also of an installed migsim: the package holds a link to `configs`, and a
+wheel the files); one that names a `base` inherits every number it does not state itself.
 Numbers are tables: `{ value = ..., source = "..." }` for the machine, `{ ns = ..., lines = ..., source = "..." }` for
 an operation: `ns` of work the CPU does alone and `lines`, contended cache lines it fetches from another CPU on the way.
 A source is a commit, a mail, a measurement, or begins with "assumed"; one that was fitted says to which figure.
@@ -146,8 +147,7 @@ def load_profile(name: str = "default") -> HostProfile:
 
 
 def _directory() -> Path:
-    packaged = Path(__file__).resolve().parent / "hosts"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "configs" / "hosts"
+    return Path(__file__).resolve().parents[1] / "configs" / "hosts"
 
 
 def _merged(name: str, depth: int) -> dict[str, Any]:
