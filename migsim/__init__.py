@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from migsim.scenario import Scenario as Scenario
     from migsim.scenario import ScenarioError as ScenarioError
     from migsim.scenario import load as load
+    from migsim.simulation import calc_dirty_rate as calc_dirty_rate
     from migsim.simulation import run as run
 
-__all__ = ["Result", "Scenario", "ScenarioError", "__version__", "load", "run"]
+__all__ = ["Result", "Scenario", "ScenarioError", "__version__", "calc_dirty_rate", "load", "run"]
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOME = {
     "Scenario": "migsim.scenario",
     "ScenarioError": "migsim.scenario",
     "load": "migsim.scenario",
+    "calc_dirty_rate": "migsim.simulation",
     "run": "migsim.simulation",
 }
 

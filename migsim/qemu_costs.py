@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from migsim.guest.memory import layout
-from migsim.migration import compression
+from migsim.migration import compression, dirty_rate
 from migsim.migration.loop_types import LoopCosts
 from migsim.migration.policies.auto_converge import TIMESLICE_NS
 from migsim.migration.ram import PS_PER_NS, SaveCosts
@@ -55,6 +55,7 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_postcopy_page": 3_000.0,  # sent, received, placed with UFFDIO_COPY
     "qemu_postcopy_discard_page": 130.0,  # a dirty page named to the destination and discarded there
     **compression.ASSUMED_NS,
+    **dirty_rate.ASSUMED_NS,
     "qemu_postcopy_run": 6_000_000.0,  # package received and loaded until the destination's vCPUs run
 }
 

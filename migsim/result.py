@@ -17,8 +17,8 @@ from msgspec import Struct, field
 from migsim.scenario import Scenario
 
 __all__ = [
-    "FORMAT", "DowntimePart", "Progress", "Result", "Round", "check_writable", "from_json", "to_json", "write_json",
-    "write_whole",
+    "FORMAT", "DirtyRate", "DowntimePart", "Progress", "Result", "Round", "check_writable", "from_json", "to_json",
+    "write_json", "write_whole",
 ]  # fmt: skip
 
 FORMAT: Final = 1
@@ -57,6 +57,17 @@ class DowntimePart(Struct, frozen=True, kw_only=True, rename="kebab"):
     about: str = ""
 
 
+class DirtyRate(Struct, frozen=True, kw_only=True, rename="kebab"):
+    """One calc-dirty-rate: QEMU's answer, and what the guest really did meanwhile. Rates in MiB/s."""
+
+    reply: dict[str, Any] = field(name="query-dirty-rate")
+    at_ns: int  # of the workload's time
+    elapsed_ns: int  # over which the rates are
+    write_rate: float  # page writes, a page as often as it was written
+    distinct_rate: float  # distinct pages
+    cost: dict[str, Any] = field(default_factory=dict)  # what measuring did to host and guest
+
+
 class Progress(Struct, frozen=True, kw_only=True):
     """How far a run is; what `simulation.run` hands to its `progress` callback between two windows."""
 
@@ -84,6 +95,7 @@ class Result(Struct, frozen=True, kw_only=True, rename="kebab"):
     kvm: dict[str, Any] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
     verify: dict[str, Any] = field(default_factory=dict)
+    dirty_rate: tuple[DirtyRate, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -110,10 +122,11 @@ def check_writable(path: str) -> None:
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(21, "is a directory", path)
-    if target.exists() and not target.is_file():  # a FIFO or a device: written, never replaced
+    if _written_in_place(target):
         if not os.access(target, os.W_OK):
             raise PermissionError(13, "Permission denied", path)
         return
+    target = Path(os.path.realpath(target))
     with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name[:64]}."):
         pass
 
@@ -124,11 +137,15 @@ def write_json(result: Result, path: str) -> None:
 
 
 def write_whole(text: bytes, path: str) -> None:
-    """Writes beside `path` and renames: a reader sees the old file or the whole new one. Raises OSError."""
+    """Writes beside `path` and renames: a reader sees the old file or the whole new one. Raises OSError.
+
+    A symbolic link stays one: what it points to is replaced.
+    """
     target = Path(path)
-    if target.exists() and not target.is_file():  # a FIFO or /dev/stdout cannot be renamed over
+    if _written_in_place(target):
         target.write_bytes(text)
         return
+    target = Path(os.path.realpath(target))
     with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name[:64]}.", delete=False) as stream:
         try:
             stream.write(text)
@@ -139,6 +156,12 @@ def write_whole(text: bytes, path: str) -> None:
             with suppress(FileNotFoundError):
                 os.unlink(stream.name)
             raise
+
+
+def _written_in_place(target: Path) -> bool:
+    """A FIFO or a device cannot be renamed over, nor may a name of the system's (/dev/fd/3, /dev/stdout) be."""
+    systems = Path(os.path.realpath(target.parent)).parts[1:2] in (("dev",), ("proc",))
+    return target.exists() and (systems or not target.is_file())
 
 
 def _umask() -> int:

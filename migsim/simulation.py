@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 from msgspec import structs
 
+from migsim import dirty_rate
 from migsim.fused import FusedRam
 from migsim.host_costs import HostCosts, Meters, RoundRow
 from migsim.kvm.vm import TraceSink
@@ -22,7 +23,7 @@ from migsim.migration.ram import PS_PER_NS, Ram
 from migsim.qemu_costs import QemuCosts
 from migsim.qemu_options import loop_options, wire_ram
 from migsim.quantities import in_words
-from migsim.result import DowntimePart, Progress, Result, Round
+from migsim.result import DirtyRate, DowntimePart, Progress, Result, Round
 from migsim.scenario import Scenario, ScenarioError
 from migsim.units import CHUNK_PAGES, GIB, NS_PER_S, PAGE_SIZE, chunks_of
 from migsim.verdict import verdict_of
@@ -103,6 +104,7 @@ def run(
     bulk = fused_serves(scenario) and not page_at_a_time and trace is None
     if not bulk and not page_at_a_time:
         refuse_page_at_a_time(scenario, traced=trace is not None)
+    rates = dirty_rate.measure(scenario, seed, fused=bulk) if scenario.calc_dirty_rate else ()
     host = HostCosts(scenario)
     costs = QemuCosts(scenario, host.priced())
     world = World(scenario, costs, seed, bulk=bulk)
@@ -138,7 +140,16 @@ def run(
     if watch is not None and not interrupted:
         watch.at_the_end()
     meters.finish(loop.now_ns if loop.stopped_ns is None else loop.stopped_ns, loop.rounds)
-    return _result(scenario, seed, world, ram, loop, costs, verify, interrupted, host, meters)
+    result = _result(scenario, seed, world, ram, loop, costs, verify, interrupted, host, meters)
+    return structs.replace(result, dirty_rate=rates) if rates else result
+
+
+def calc_dirty_rate(scenario: Scenario, *, seed: int = 0) -> tuple[DirtyRate, ...]:
+    """What every [[calc-dirty-rate]] of `scenario` answers, in order, without migrating. Raises ScenarioError."""
+    bulk = fused_serves(scenario)
+    if not bulk:
+        refuse_page_at_a_time(scenario, traced=False)
+    return dirty_rate.measure(scenario, seed, fused=bulk)
 
 
 class _Reporter:

@@ -31,6 +31,7 @@ def summary(result: Result, width: int | None = None) -> str:
         *(textwrap.fill(line, columns) for line in _expectation(result)),
         _rounds(result.rounds, columns),
         _downtime(result),
+        _dirty_rates(result),
         _counters("Host", result.host, columns),
         _counters("KVM", result.kvm, columns),
         textwrap.fill(_verified(result), columns),
@@ -104,6 +105,16 @@ def _downtime(result: Result) -> str:
         share = part.duration_ns / total if total else 0.0
         bar = "#" * round(share * _BAR)
         lines.append(f"  {part.name:<{wide}}  {_time(part.duration_ns):>9}  {share:6.1%}  {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def _dirty_rates(result: Result) -> str:
+    """What calc-dirty-rate answered, and what the guest really wrote meanwhile."""
+    lines = ["Dirty rate, MiB/s: as QEMU says; distinct pages and page writes as they were"] * bool(result.dirty_rate)
+    for found in result.dirty_rate:
+        asked = f"{found.reply['mode']}, {_time(found.elapsed_ns)} from {_time(found.at_ns)}"
+        said = found.reply["dirty-rate"]
+        lines.append(f"  {asked:<34}  {said:>9,}  {found.distinct_rate:>11,.1f}  {found.write_rate:>11,.1f}")
     return "\n".join(lines)
 
 

@@ -2,89 +2,66 @@
 
 Source: QEMU 10.0 migration/dirtyrate.c and system/dirtylimit.c. All of them count distinct pages over the time asked
 for, so a longer calc-time gives a smaller rate once pages are written twice; page-sampling sees a page only if the
-sample holds it, and skips blocks below 128 MiB; dirty-ring counts ring entries of each vCPU. Rates are whole MiB/s,
-each division rounds down where QEMU's does.
+sample holds it, and skips blocks below 128 MiB; dirty-ring counts ring entries of each vCPU, again after each reap.
+Rates are whole MiB/s, each division rounds down where QEMU's does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
-from migsim.migration.parameters import Compat, QmpError
+import numpy as np
+from numpy.typing import NDArray
+
+from migsim.migration.dirty_rate_commands import SAMPLE_PAGES_DEFAULT, CalcDirtyRate
+from migsim.migration.parameters import Compat
 from migsim.migration.policies.dirty_limit import DirtyLimit
-from migsim.sim.prng import stream_key, word
+from migsim.sim.prng import GOLDEN, MIX_1, MIX_2, stream_key
 from migsim.units import GIB, MIB, PAGE_SIZE
 
 __all__ = [
-    "BLOCK_MIN_BYTES", "CalcDirtyRate", "Mode", "check_request", "dirty_bitmap_rate", "dirty_ring_rates",
-    "page_sampling_rate", "query_vcpu_dirty_limit", "reply", "sampled_pages", "unmeasured",
+    "ASSUMED_NS", "BLOCK_MIN_BYTES", "dirty_bitmap_rate", "dirty_ring_rates", "page_sampling_rate",
+    "query_vcpu_dirty_limit", "reply", "sampled_pages", "unmeasured",
 ]  # fmt: skip
 
-Mode = Literal["page-sampling", "dirty-bitmap", "dirty-ring"]
 BLOCK_MIN_BYTES: Final = 128 * MIB
-SAMPLE_PAGES_DEFAULT: Final = 512  # a GiB
-SAMPLE_PAGES: Final = (128, 16384)
 SAMPLE_STREAM: Final = 11
-_CALC_TIME_MS: Final[Mapping[str, tuple[int, int]]] = {"7.2": (1000, 60_000), "10.0": (50, 60_000)}
+
+#: ns to hash one sampled page, assumed: 64 cache lines that are in no cache, then xxhash (8.1) or zlib's crc32.
+ASSUMED_NS: Final[Mapping[str, float]] = {"qemu_sample_page": 1_500.0, "qemu_sample_page_crc32": 5_000.0}
+
+Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class CalcDirtyRate:
-    """Arguments of calc-dirty-rate. calc_time_ms: whole seconds in 7.2."""
+def sampled_pages(block_pages: int, per_gib: int, seed: int, block: int) -> Ints:
+    """The pages of one block that page-sampling hashes, int64[n]; drawn with replacement, never the last page.
 
-    calc_time_ms: int
-    mode: Mode = "page-sampling"
-    sample_pages: int | None = None
-
-
-def check_request(request: CalcDirtyRate, compat: Compat, *, dirty_ring: bool, measuring: bool = False) -> None:
-    """What QEMU refuses, in its order. Raises QmpError."""
-    if measuring:
-        raise QmpError("dirty rate is already measuring")
-    low, high = _CALC_TIME_MS[compat]
-    if not low <= request.calc_time_ms <= high:
-        shown = "[1, 60]" if compat == "7.2" else f"[{low}, {high}]"
-        raise QmpError(f"calc-time is out of range{shown}.")
-    if request.sample_pages is not None:
-        if request.mode != "page-sampling" and compat != "7.2":
-            raise QmpError("sample-pages is used only in page-sampling mode")
-        if not SAMPLE_PAGES[0] <= request.sample_pages <= SAMPLE_PAGES[1]:
-            raise QmpError(f"sample-pages is out of range[{SAMPLE_PAGES[0]}, {SAMPLE_PAGES[1]}].")
-    if request.mode == "dirty-ring" and not dirty_ring or request.mode == "dirty-bitmap" and dirty_ring:
-        raise QmpError(f"mode {request.mode} is not enabled, use other method instead.")
-
-
-def sampled_pages(block_pages: int, per_gib: int, seed: int, block: int) -> Sequence[int]:
-    """The pages of one block that page-sampling hashes; drawn with replacement, and with a 32-bit index.
-
-    From 8 TiB on a single block's page number no longer fits, so pages past 2^31 are never looked at.
+    The range is handed over as an int32 (g_rand_int_range): from 8 TiB on it is negative for one RAMBlock, GLib then
+    answers 0, and every sample is page 0.
     """
     if block_pages * PAGE_SIZE < BLOCK_MIN_BYTES:
-        return ()
+        return np.zeros(0, dtype=np.int64)
     count = block_pages * PAGE_SIZE * per_gib // GIB
-    key = stream_key(seed, SAMPLE_STREAM, block)
-    reach = min(block_pages, 1 << 31)
-    return [word(key, i) % reach for i in range(count)]
+    reach = (block_pages - 1 + (1 << 31)) % (1 << 32) - (1 << 31)
+    if reach <= 0:
+        return np.zeros(count, dtype=np.int64)
+    words = _words(stream_key(seed, SAMPLE_STREAM, block), count)
+    return np.asarray(words % np.uint64(reach), dtype=np.int64)
 
 
-def page_sampling_rate(
-    blocks: Sequence[int], written: Callable[[int, Sequence[int]], int], elapsed_ms: int, *, per_gib: int = 512,
-    seed: int = 0,
-) -> int:  # fmt: skip
-    """MiB/s. `blocks`: pages of each RAMBlock; `written(block, pages)`: how many of those hold other contents now."""
-    dirty = samples = total_mib = 0
-    for block, pages in enumerate(blocks):
-        chosen = sampled_pages(pages, per_gib, seed, block)
-        if not chosen:
-            continue
-        dirty += written(block, chosen)
-        samples += len(chosen)
-        total_mib += pages * PAGE_SIZE // MIB
-    if not samples or not elapsed_ms:
-        return 0
-    return dirty * total_mib * 1000 // (samples * elapsed_ms)
+def _words(key: int, count: int) -> NDArray[np.uint64]:
+    """sim.prng.word(key, 0 .. count - 1), all at once."""
+    with np.errstate(over="ignore"):
+        value = np.uint64(key) + (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(MIX_1)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(MIX_2)
+    return np.asarray(value ^ (value >> np.uint64(31)))
+
+
+def page_sampling_rate(dirty_samples: int, samples: int, total_mib: int, elapsed_ms: int) -> int:
+    """MiB/s from the samples whose hash differs; `total_mib`: of the blocks sampled."""
+    return dirty_samples * total_mib * 1000 // (samples * elapsed_ms) if samples and elapsed_ms else 0
 
 
 def dirty_bitmap_rate(dirty_pages: int, elapsed_ms: int) -> int:
@@ -94,26 +71,34 @@ def dirty_bitmap_rate(dirty_pages: int, elapsed_ms: int) -> int:
 
 def dirty_ring_rates(entries: Sequence[int], elapsed_ms: int) -> list[int]:
     """MiB/s of each vCPU from its ring entries; the total QEMU reports is their sum, each rounded down first."""
-    return [(count * PAGE_SIZE >> 20) * 1000 // elapsed_ms if elapsed_ms else 0 for count in entries]
+    return [dirty_bitmap_rate(count, elapsed_ms) for count in entries]
 
 
 def unmeasured() -> dict[str, Any]:
-    """query-dirty-rate of a fresh QEMU."""
+    """query-dirty-rate of a fresh QEMU 7.2."""
     return {"status": "unstarted", "sample-pages": 0, "mode": "page-sampling", "start-time": 0, "calc-time": 0}
 
 
-def reply(request: CalcDirtyRate, compat: Compat, start_s: int, rates: Sequence[int] | int | None) -> dict[str, Any]:
-    """query-dirty-rate while measuring (rates None) or after."""
-    pages = (request.sample_pages or SAMPLE_PAGES_DEFAULT) if request.mode == "page-sampling" else 0
-    whole_s = compat == "7.2" or request.calc_time_ms % 1000 == 0
+def reply(
+    request: CalcDirtyRate, compat: Compat, start_s: int, rates: Sequence[int] | int | None,
+    elapsed_ms: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """query-dirty-rate while measuring (rates None) or after, asked in the unit calc-dirty-rate was.
+
+    calc-time is the time it took once it is over: page-sampling's first pass may take longer than was asked for. In
+    7.2 the bitmap's and ring's sample-pages is 0 only once measured.
+    """
+    sampling, old = request.mode == "page-sampling", compat == "7.2"
+    whole_s = old or request.calc_time_ms % 1000 == 0
+    took_ms = request.calc_time_ms if elapsed_ms is None else elapsed_ms
     out: dict[str, Any] = {
         "status": "measuring" if rates is None else "measured",
-        "sample-pages": pages,
+        "sample-pages": (request.sample_pages or SAMPLE_PAGES_DEFAULT) if sampling or rates is None else 0,
         "mode": request.mode,
         "start-time": start_s,
-        "calc-time": request.calc_time_ms // 1000 if whole_s else request.calc_time_ms,
+        "calc-time": took_ms // 1000 if whole_s else took_ms,
     }
-    if compat != "7.2":
+    if not old:
         out["calc-time-unit"] = "second" if whole_s else "millisecond"
     if isinstance(rates, int):
         out["dirty-rate"] = rates
@@ -131,5 +116,3 @@ def query_vcpu_dirty_limit(limit: DirtyLimit | None, current: Sequence[int]) -> 
         {"cpu-index": vcpu, "limit-rate": row.quota_mib_per_s, "current-rate": current[vcpu]}
         for vcpu, row in sorted(limit.limits.items())
     ]
-
-

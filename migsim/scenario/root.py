@@ -5,11 +5,15 @@ from __future__ import annotations
 from msgspec import Struct, field
 
 from migsim.migration.capabilities import HostFeatures, check, check_migrate
+from migsim.migration.dirty_rate_commands import check_request, check_vcpu_limit
 from migsim.migration.parameters import QmpError
+from migsim.quantities import in_words
+from migsim.scenario.dirty_rate import DirtyRateMeasurement, VcpuDirtyLimit, refused
 from migsim.scenario.errors import ScenarioError
 from migsim.scenario.guest import Guest
 from migsim.scenario.host import Expect, Host, Kvm, Link
 from migsim.scenario.migration import Migration
+from migsim.units import NS_PER_S
 
 __all__ = ["Scenario"]
 
@@ -22,6 +26,8 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
     migration: Migration = field(default_factory=Migration)
     link: Link = field(default_factory=Link)
     host: Host = field(default_factory=Host)
+    calc_dirty_rate: tuple[DirtyRateMeasurement, ...] = ()
+    set_vcpu_dirty_limit: tuple[VcpuDirtyLimit, ...] = ()
     expect: Expect | None = None
 
     def __post_init__(self) -> None:
@@ -38,6 +44,31 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
             check_migrate(migration.capabilities, uri, migration.parameters(), migration.compat)
         except QmpError as error:
             raise ScenarioError("migration.capabilities", error.desc, value=list(migration.capabilities)) from None
+        self._check_measurements()
+        self._check_limits()
+
+    def _check_measurements(self) -> None:
+        """calc-dirty-rate, one after the other, each refused as QEMU refuses it."""
+        compat, ring, busy_until = self.migration.compat, self.kvm.dirty_ring_size > 0, 0
+        for index, command in enumerate(self.calc_dirty_rate):
+            field_ = f"calc-dirty-rate.{index}"
+            try:
+                check_request(command.request(), compat, dirty_ring=ring, measuring=command.at < busy_until)
+            except QmpError as error:
+                raise refused(field_, error, in_words(command.calc_time, "duration")) from None
+            if compat == "7.2" and command.calc_time % NS_PER_S:
+                raise ScenarioError(f"{field_}.calc-time", "is whole seconds in QEMU 7.2", value=command.calc_time)
+            if compat == "7.2" and self.kvm.accel == "tcg" and command.mode != "page-sampling":
+                raise ScenarioError(f"{field_}.mode", "QEMU 7.2 under TCG dies of it (SIGSEGV)", value=command.mode)
+            busy_until = command.at + command.calc_time
+
+    def _check_limits(self) -> None:
+        """set-vcpu-dirty-limit."""
+        for index, command in enumerate(self.set_vcpu_dirty_limit):
+            try:
+                check_vcpu_limit(command.cpu_index, self.guest.vcpus, dirty_ring=self.kvm.dirty_ring_size > 0)
+            except QmpError as error:
+                raise refused(f"set-vcpu-dirty-limit.{index}", error, command.cpu_index) from None
 
     def _check_recovery(self) -> None:
         """A recovery needs a post-copy, a link that dies, and pages that are still there to be sent again."""

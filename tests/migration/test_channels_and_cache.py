@@ -10,24 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migsim import simulation
-from migsim.migration.dirty_rate import (
-    CalcDirtyRate,
-    check_request,
-    dirty_bitmap_rate,
-    dirty_ring_rates,
-    page_sampling_rate,
-    query_vcpu_dirty_limit,
-    reply,
-    sampled_pages,
-)
 from migsim.migration.multifd import FULL_PACKET, MultifdRam
-from migsim.migration.parameters import QmpError
-from migsim.migration.policies import DirtyLimit
 from migsim.migration.ram import SaveCosts, Saved, SaveLimits
 from migsim.migration.xbzrle import XbzrleCache, encoded_bytes
 from migsim.migration.zero_pages import rule_of
 from migsim.scenario import build
-from migsim.units import GIB, PAGE_SIZE
+from migsim.units import PAGE_SIZE
 
 
 @dataclass
@@ -132,42 +120,3 @@ def test_zero_pages_are_looked_for_where_the_version_does() -> None:
     assert not rule_of("multifd", [], "10.0").on_channels
     assert not rule_of("none", [], "10.0").looked_for
     assert rule_of("none", [], "7.2").bytes == 9
-
-
-def test_page_sampling_skips_small_blocks_saturates_and_never_sees_past_8_tib() -> None:
-    assert sampled_pages(1000, 512, 0, 0) == ()
-    assert len(sampled_pages(4 * GIB // PAGE_SIZE, 512, 0, 0)) == 2048
-    assert max(sampled_pages(1 << 33, 128, 0, 0)[:4096]) < 1 << 31
-    everything = page_sampling_rate([GIB // PAGE_SIZE], lambda _, pages: len(pages), 1000)
-    assert everything == 1024 and page_sampling_rate([GIB // PAGE_SIZE], lambda _, p: len(p), 10_000) == 102
-
-
-def test_bitmap_and_ring_rates_round_down_where_qemu_does() -> None:
-    assert dirty_bitmap_rate(25_600, 1000) == 100 and dirty_bitmap_rate(255, 1000) == 0
-    assert dirty_ring_rates([25_600, 300], 1000) == [100, 1]
-    measured = reply(CalcDirtyRate(1000, "dirty-ring"), "10.0", 7, [100, 1])
-    assert measured["dirty-rate"] == 101 and measured["sample-pages"] == 0
-
-
-@pytest.mark.parametrize(
-    ("request_", "compat", "ring", "text"),
-    [
-        (CalcDirtyRate(61_000), "7.2", False, "calc-time is out of range[1, 60]."),
-        (CalcDirtyRate(49), "10.0", False, "calc-time is out of range"),
-        (CalcDirtyRate(1000, "dirty-bitmap"), "10.0", True, "mode dirty-bitmap is not enabled"),
-        (CalcDirtyRate(1000, "dirty-ring"), "10.0", False, "mode dirty-ring is not enabled"),
-        (CalcDirtyRate(1000, "dirty-ring", 512), "10.0", True, "page-sampling mode"),
-        (CalcDirtyRate(1000, "page-sampling", 1), "7.2", False, "sample-pages is out of range"),
-    ],
-)
-def test_calc_dirty_rate_refuses_what_qemu_refuses(request_: CalcDirtyRate, compat: str, ring: bool, text: str) -> None:
-    with pytest.raises(QmpError) as refusal:
-        check_request(request_, compat, dirty_ring=ring)  # type: ignore[arg-type]
-    assert text in refusal.value.desc
-
-
-def test_query_vcpu_dirty_limit_lists_limited_vcpus_only() -> None:
-    limit = DirtyLimit(vcpus=3, ring_size=4096)
-    limit.set_limit(50, 1)
-    assert query_vcpu_dirty_limit(limit, [5, 60, 7]) == [{"cpu-index": 1, "limit-rate": 50, "current-rate": 60}]
-    assert query_vcpu_dirty_limit(None, []) == []
