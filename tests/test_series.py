@@ -1,40 +1,88 @@
-"""docs/series.md names functions and tests; all of them exist."""
+"""docs/series.md names functions and tests: all of them exist, and the tests fail when the behaviour is taken out."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from migsim.kvm.mmu_lock import MmuLock
-
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "docs/series.md").read_text()
-TABLE_ROWS = [line for line in TEXT.splitlines() if re.match(r"\| (?!#|-|Change|Ver|Inv)", line)]
-NAMES = [(row.split("|")[2].strip()[:40], name) for row in TABLE_ROWS for name in re.findall(r"`([^`]+)`", row)]
+KVM_TESTS = ROOT / "tests/kvm"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: how a mutation refers to it, what models it, what fails without it."""
+
+    key: str
+    functions: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+def rows() -> Iterator[Row]:
+    """Of the four tables; the key of an invariant begins with "invariant"."""
+    for line in (ROOT / "docs/series.md").read_text().splitlines():
+        if not re.match(r"\| (?!#|-|Change|Ver|Inv)", line):
+            continue
+        cells = [cell.strip() for cell in re.split(r" \| ", line.strip("| "))]
+        names = re.findall(r"`([^`]+)`", " ".join(cells[-2:]))
+        key = {5: cells[0], 4: f"{cells[0]} {cells[1]}", 3: cells[0]}[len(cells)]
+        if len(cells) == 3 and cells[0][0].isdigit():
+            key = f"invariant {key}"
+        functions = tuple(name for name in names if "::" not in name)
+        yield Row(key.replace("`", ""), functions, tuple(name for name in names if "::" in name))
+
+
+def mutations() -> ModuleType:
+    """The package tests/kvm/mutations, which is on no path."""
+    where = KVM_TESTS / "mutations"
+    spec = importlib.util.spec_from_file_location(
+        "mutations", where / "__init__.py", submodule_search_locations=[str(where)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["mutations"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ROWS = list(rows())
+MUTATIONS = mutations().MUTATIONS
+
+
+def row_of(name: str) -> Row:
+    """The row a mutation refers to: one, and no more."""
+    found = [row for row in ROWS if re.match(rf"{re.escape(name)}(?![\w.])", row.key)]
+    assert len(found) == 1, f"a mutation of row {name!r} which begins {[row.key for row in found]}"
+    return found[0]
+
+
+def short(value: Row | str) -> str:
+    """As a test's id."""
+    return value if isinstance(value, str) else value.key
 
 
 def test_every_patch_and_change_has_code_and_a_test() -> None:
-    patches = TABLE_ROWS[: next(i for i, row in enumerate(TABLE_ROWS) if row.startswith("| mmu_lock"))]
-    numbers = [int(found.group(1)) for row in patches if (found := re.match(r"\| (\d+) \|", row))]
-    assert numbers == list(range(1, 21))
-    for row in TABLE_ROWS:
-        names = re.findall(r"`([^`]+)`", row)
-        assert any("::" in name for name in names) and any("::" not in name for name in names), row
+    assert [row.key for row in ROWS[:20]] == [str(number) for number in range(1, 21)]
+    assert [row.key.split()[1] for row in ROWS if row.key.startswith("invariant")][-1] == "10"
+    for row in ROWS:
+        assert row.functions and row.tests, row
 
 
-@pytest.mark.parametrize("name", sorted({name for _, name in NAMES if "::" in name}))
-def test_the_test_exists(name: str) -> None:
-    file, function = name.split("::")
-    tree = ast.parse((ROOT / "tests/kvm" / file).read_text())
-    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+def test_every_row_function_and_test_has_a_mutation() -> None:
+    touched = {(row_of(mutation.row).key, mutation.of) for mutation in MUTATIONS}
+    assert touched == {(row.key, function) for row in ROWS for function in row.functions}
 
 
-@pytest.mark.parametrize("name", sorted({name for _, name in NAMES if "::" not in name}))
+@pytest.mark.parametrize("name", sorted({name for row in ROWS for name in row.functions}))
 def test_the_function_exists(name: str) -> None:
     module, *path = name.split(".")
     found: object = importlib.import_module(f"migsim.kvm.{module}")
@@ -42,32 +90,36 @@ def test_the_function_exists(name: str) -> None:
         found = getattr(found, part)
 
 
-# -- taken out, it is missed ---------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def fates(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, object]]:
+    """(mutation, test) -> what became of it (tests/kvm/mutations/__main__.py), run in two processes."""
+    out = tmp_path_factory.mktemp("mutants")
+    runs = []
+    for half in range(2):
+        work = [
+            f"{i}={','.join(row_of(mutation.row).tests)}" for i, mutation in enumerate(MUTATIONS) if i % 2 == half
+        ]
+        command = [sys.executable, str(KVM_TESTS / "mutations"), str(out / f"{half}.json"), *work]
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT))
+    for run in runs:
+        said, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, said
+    found = [fate for half in range(2) for fate in json.loads((out / f"{half}.json").read_text())]
+    return {(fate["index"], fate["test"]): fate for fate in found}
 
 
-MUTATIONS = [
-    ("mmu_lock.MmuLock.read", MmuLock.write,
-     "test_a_fault_takes_mmu_lock_for_read_since_5_12_on_the_tdp_mmu", ("tdp",)),
-    ("tdp_mmu._needs_flush", lambda *_: False, "test_a_table_replaced_by_a_huge_page_is_flushed", ()),
-    ("paging.PagingStructure.clear_bits", lambda self, at, mask: self.read(at),
-     "test_a_locked_and_keeps_what_the_cpu_sets_meanwhile", ()),
-]  # fmt: skip
+@pytest.mark.parametrize("index", range(len(MUTATIONS)), ids=[f"{m.of} {m.without}" for m in MUTATIONS])
+def test_without_the_behaviour_a_test_of_its_row_fails(fates, index: int) -> None:
+    mutation = MUTATIONS[index]
+    mine = [fates[index, test] for test in row_of(mutation.row).tests]
+    assert any(fate["case"] for fate in mine), f"{mutation.of} {mutation.without}, and every test of its row passes"
+    for fate in mine:
+        # a mutant that only trips over itself (TypeError ...) proves nothing
+        assert set(fate["raised"]) <= {"AssertionError"}, f"{fate['case']}: {fate['raised']}"
+        assert not fate["unmutated"], f"{fate['case']} fails without the mutation, too: {fate['unmutated']}"
 
 
-@pytest.mark.parametrize(("name", "instead", "test", "args"), MUTATIONS, ids=[row[0] for row in MUTATIONS])
-def test_without_the_function_its_test_fails(monkeypatch: pytest.MonkeyPatch, name, instead, test, args) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tests/kvm"))
-    run = getattr(importlib.import_module("test_mmu_locking"), test)
-    guest = _mmu_guest()
-    run(guest, *args)
-    monkeypatch.setattr(f"migsim.kvm.{name}", instead)
-    with pytest.raises(AssertionError):
-        run(guest, *args)
-
-
-def _mmu_guest():
-    spec = importlib.util.spec_from_file_location("kvm_conftest", ROOT / "tests/kvm/conftest.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.MmuGuest
+@pytest.mark.parametrize(("row", "test"), [(row, test) for row in ROWS for test in row.tests], ids=short)
+def test_a_test_that_a_row_names_fails_without_something_of_that_row(fates, row: Row, test: str) -> None:
+    own = [i for i, mutation in enumerate(MUTATIONS) if row_of(mutation.row) == row]
+    assert any(fates[i, test]["case"] for i in own), f"{test} passes whatever is taken out of row {row.key!r}"

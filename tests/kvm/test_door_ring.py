@@ -305,3 +305,15 @@ def test_one_exit_may_push_a_whole_pml_buffer_past_the_soft_limit_and_never_past
                 seen |= {offset for _, offset in vcpu.ring.harvest()}
                 vm.reset_dirty_rings()
             assert seen == set(range(n))
+
+
+def test_an_entry_names_the_address_space_with_the_slot() -> None:
+    vm, vcpu = ring_vm(WRPROT, 10)
+    hva = vm.memslots(0).by_id(1).userspace_addr  # type: ignore[union-attr]
+    vm.set_user_memory_region(1 << 16 | 1, LOG, GPA, 10 * PAGE, hva)
+    vcpu.run(stores(4))
+    vcpu.smm = True
+    vcpu.run(stores(4, 6))
+    assert vcpu.ring.harvest() == [(1, 4), (1 << 16 | 1, 4), (1 << 16 | 1, 6)]
+    vm.reset_dirty_rings()
+    assert not vm.invariants()

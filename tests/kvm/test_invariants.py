@@ -194,3 +194,12 @@ def test_references_of_an_invalid_root_are_its_holders_alone() -> None:
     assert root.invalid and root.root_count == 1 and not vm.invariants()
     vm.mmu.state.roots._roots.remove(root)
     assert found(vm, "has loaded Root(") and found(vm, "which was freed")
+
+
+def test_a_table_that_waits_to_be_freed_though_nobody_reads_is_found() -> None:
+    vm, vcpu = logged(WP)
+    store(vcpu, 3)
+    vm.mmu.state.rcu._deferred.append(lambda: None)
+    assert any("1 table pages wait to be freed" in sentence for sentence in counter_violations(vm.mmu.state))
+    with vm.mmu.state.rcu.read():
+        assert not list(counter_violations(vm.mmu.state)), "a reader may still be inside"

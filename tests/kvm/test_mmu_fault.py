@@ -9,9 +9,12 @@ import pytest
 
 from migsim.kvm.config import VmConfig
 from migsim.kvm.host_mm import Gup
+from migsim.kvm.make_spte import make_spte
 from migsim.kvm.paging import PagingStructure, Sptep
+from migsim.kvm.spte import ACC_ALL
 from migsim.kvm.tdp_mmu import RetPf
 from migsim.kvm.vintage import TDP, TDP_6_8
+from migsim.units import pages_per_level
 
 PAGE = 4096
 INTEL, AMD, NO_AD = VmConfig(smm=False), VmConfig(smm=False, vendor="amd"), VmConfig(smm=False, ad_bits=False)
@@ -119,6 +122,21 @@ def test_a_prefetch_maps_an_old_page_and_is_spurious_the_second_time(mmu_guest) 
     guest.close()
 
 
+@pytest.mark.parametrize("mmu", ["tdp", "tdp-5.10", "shadow"])
+@pytest.mark.parametrize(("level", "host_writable"), [(1, True), (2, True), (1, False)])
+def test_every_mmu_installs_what_make_spte_gives(mmu_guest, mmu: str, level: int, host_writable: bool) -> None:
+    guest = mmu_guest(replace(INTEL, mmu=mmu), level=level)
+    guest.vm.host.protect(guest.hva + 5 * PAGE, writable=host_writable)
+    assert fault(guest, 5) == RetPf.FIXED
+    first = 5 & -pages_per_level(level)
+    made = make_spte(
+        guest.mmu.fmt, gfn=first, pfn=guest.vm.host.pfn(guest.hva + first * PAGE), level=level, access=ACC_ALL,
+        host_writable=host_writable,
+    )  # fmt: skip
+    assert guest.spte(5) == (made.spte, level)
+    guest.close()
+
+
 # -- results and the fast path -------------------------------------------------------------------------------------
 
 
@@ -128,6 +146,23 @@ def test_a_fault_on_what_another_vcpu_fixed_is_spurious(mmu_guest, config: VmCon
     assert fault(guest, 5, write=True) == RetPf.FIXED
     assert fault(guest, 5, write=True) == RetPf.SPURIOUS
     assert guest.vm.stats.pf_taken == 2 and guest.vm.stats.pf_fixed == 1 and guest.vm.stats.pf_spurious == 1
+    guest.close()
+
+
+@pytest.mark.parametrize("mmu", ["tdp", "tdp-5.10", "shadow"])
+def test_a_fault_that_finds_the_page_mapped_under_the_lock_is_spurious(mmu_guest, monkeypatch, mmu: str) -> None:
+    """Another vCPU mapped it while this one waited for the frame: nothing is written a second time."""
+    guest = mmu_guest(replace(INTEL, mmu=mmu), vcpus=2)
+    host, honest = guest.vm.host, guest.vm.host.get_user_page
+
+    def resolve_slowly(hva: int) -> object:
+        monkeypatch.setattr(host, "get_user_page", honest)
+        guest.vcpus[1].run([("w", 5 * PAGE, 1)])
+        return honest(hva)
+
+    monkeypatch.setattr(host, "get_user_page", resolve_slowly)
+    assert fault(guest, 5, write=True) == RetPf.SPURIOUS
+    assert guest.counts() == (0, 1, 0) and guest.vm.stats.pf_spurious == 1 and guest.vm.stats.pf_fixed == 1
     guest.close()
 
 
@@ -219,9 +254,15 @@ def test_splitting_a_1g_page_makes_512_pages_of_2m(mmu_guest) -> None:
 
 
 @pytest.mark.parametrize("mmu", ["tdp", "tdp-5.10", "shadow"])
-def test_a_lost_compare_exchange_changes_nothing_and_retries(mmu_guest, monkeypatch, mmu: str) -> None:
+@pytest.mark.parametrize("at_the_leaf", [False, True], ids=["table", "leaf"])
+def test_a_lost_compare_exchange_changes_nothing_and_retries(
+    mmu_guest, monkeypatch, mmu: str, at_the_leaf: bool
+) -> None:
     guest = mmu_guest(replace(INTEL, mmu=mmu), vcpus=2)
     other = guest.vcpus[1]
+    if at_the_leaf:  # its neighbour's fault has linked the tables
+        guest.write(512)
+        guest.mmu.unmap_hva_range(guest.hva + 512 * PAGE, guest.hva + 513 * PAGE)
 
     def other_vcpu_maps_first() -> None:
         guest.mmu.lock.writer, held = False, guest.mmu.lock.writer

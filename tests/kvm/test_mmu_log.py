@@ -168,6 +168,21 @@ def test_a_nested_root_logs_by_w_while_pml_logs_the_rest(mmu_guest) -> None:
     guest.close()
 
 
+def test_a_slot_is_logged_in_the_roots_of_its_own_address_space(mmu_guest) -> None:
+    guest = mmu_guest(VmConfig(pml=False), level=1)
+    guest.vm.set_user_memory_region(1 << 16 | 1, 0, 0, guest.pages * 4096, guest.hva)
+    guest.write(5)
+    normal = guest.root
+    guest.vcpu.smm = True
+    guest.write(5)
+    smm = guest.root
+    guest.vm.set_user_memory_region(1 << 16 | 1, 1, 0, guest.pages * 4096, guest.hva)
+    writable = guest.mmu.fmt.writable
+    assert not smm.lookup(5)[0] & writable and normal.lookup(5)[0] & writable
+    guest.vcpu.smm = False
+    guest.close()
+
+
 # -- logging ends --------------------------------------------------------------------------------------------------
 
 

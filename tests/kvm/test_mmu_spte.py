@@ -19,7 +19,19 @@ from migsim.kvm.make_spte import (
     mark_for_access_track,
     restore_acc_track,
 )
-from migsim.kvm.spte import ACC_ALL, ACC_EXEC, ACC_WRITE, EPT, EPT_5_10, FORMATS, NPT, NPT_5_10, AdType, SpteFormat
+from migsim.kvm.spte import (
+    ACC_ALL,
+    ACC_EXEC,
+    ACC_WRITE,
+    EPT,
+    EPT_5_10,
+    FORMATS,
+    NPT,
+    NPT_5_10,
+    AdType,
+    SpteFormat,
+    spte_format,
+)
 
 formats = st.sampled_from(FORMATS)
 AD_OFF = {EPT: AdType.DISABLED, EPT_5_10: AdType.DISABLED, NPT: AdType.ENABLED, NPT_5_10: AdType.ENABLED}
@@ -38,10 +50,39 @@ def test_a_writable_npt_leaf_of_today_has_these_bits() -> None:
     assert leaf(NPT) == 0x1005 << 12 | 1 << 11 | 1 << 10 | 1 << 9 | 1 << 6 | 1 << 5 | 7
 
 
-def test_5_10_has_its_software_bits_at_10_and_11_and_zero_for_nothing() -> None:
+def test_5_10_has_its_software_bits_at_10_and_11() -> None:
     assert leaf(EPT_5_10) == 0x1005 << 12 | 1 << 11 | 1 << 10 | 1 << 9 | 1 << 8 | 1 << 6 | 6 << 3 | 7
-    assert EPT_5_10.nonpresent == 0 and EPT_5_10.frozen == 0x5A0
-    assert EPT.nonpresent == 1 << 63 and EPT.frozen == 1 << 63 | 0x5A0
+
+
+def test_nothing_is_bit_63_today_and_zero_in_5_10() -> None:
+    for vendor in ("intel", "amd"):
+        today, before = (spte_format(vendor, vintage_5_10=old) for old in (False, True))
+        assert (today.nonpresent, before.nonpresent) == (1 << 63, 0)
+        assert (today.frozen, before.frozen) == (1 << 63 | 0x5A0, 0x5A0)
+
+
+@pytest.mark.parametrize(("today", "before"), [(EPT, EPT_5_10), (NPT, NPT_5_10)], ids=["ept", "npt"])
+def test_presence_is_bit_11_today_and_was_whatever_is_not_zero_nor_mmio(today: SpteFormat, before: SpteFormat) -> None:
+    for fmt in (today, before):
+        assert fmt.is_present(leaf(fmt)) and fmt.is_present(make_nonleaf_spte(fmt, 0x77))
+        assert not fmt.is_present(fmt.nonpresent) and not fmt.is_present(fmt.frozen)
+        assert not fmt.is_present(mmio.make_mmio_spte(fmt, generation=3, gfn=9))
+    assert not today.is_present(leaf(today) & ~(1 << 11)), "whatever else is set"
+    assert before.is_present(1 << 12), "an address is enough"
+    gone = mark_for_access_track(EPT, leaf(EPT, ad_type=AdType.DISABLED))
+    assert not gone & 7 and EPT.is_present(gone), "R, W and X may all be gone"
+
+
+def test_a_and_d_are_kept_in_software_today_where_the_cpu_has_none() -> None:
+    today, before = (spte_format("intel", vintage_5_10=old, ad_bits=False) for old in (False, True))
+    young, spte = leaf(today, ad_type=AdType.DISABLED), leaf(before, ad_type=AdType.DISABLED)
+    assert young & 1 << 8 and young & 1 << 9 and not spte & (1 << 8 | 1 << 9)
+    assert today.is_accessed(young) and not today.is_accessed(young & ~(1 << 8)), "the A bit answers"
+    assert today.is_dirty(young & ~today.writable) and not today.is_dirty(young & ~(1 << 9)), "the D bit answers"
+    assert before.is_accessed(spte) and not before.is_accessed(mark_for_access_track(before, spte))
+    assert before.is_dirty(spte) and not before.is_dirty(spte & ~before.writable), "W answered"
+    tracked = mark_for_access_track(today, young)
+    assert not today.is_accessed(tracked) and today.is_accessed(restore_acc_track(today, tracked))
 
 
 def test_a_nonleaf_spte_grants_everything_and_is_young_or_tagged() -> None:

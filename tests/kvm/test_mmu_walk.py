@@ -12,6 +12,7 @@ from migsim.kvm.spte import PG_LEVEL_2M
 from migsim.kvm.tdp_iter import TdpIter, cond_resched, for_each_tdp_pte
 from migsim.kvm.tdp_log import wrprot_range
 from migsim.kvm.zap import invalidate_all_roots, zap_invalidated_roots, zap_root
+from migsim.units import pages_per_level
 
 
 class Impatient(Sched):
@@ -117,6 +118,16 @@ def test_an_invalidated_root_takes_no_new_mapping_and_goes_with_its_last_user(mm
     assert guest.counts() == (0, 1, 0) and old.lookup(3)[0] == guest.mmu.fmt.nonpresent
     guest.mmu.root_of(guest.vcpus[1])
     assert list(guest.mmu.state.roots) == [guest.root], "nobody holds the old root any more"
+    guest.close()
+
+
+def test_each_table_knows_its_level_and_what_it_maps(mmu_guest) -> None:
+    guest = mmu_guest(level=1, base=1 << 18, pages=4096)
+    gfn = (1 << 18) + 3 * 512 + 7
+    guest.write(gfn)
+    for at, _, level in guest.root.walk(gfn):
+        assert guest.root.level_of(at.table_pfn) == level
+        assert guest.root.gfn_of(at) == gfn & -pages_per_level(level)
     guest.close()
 
 
