@@ -11,6 +11,9 @@ from migsim.migration.failure import LinkFailure
 from migsim.migration.loop_types import RamState
 from migsim.migration.multifd import MultifdRam
 from migsim.migration.policies.choice import platform_of, throttle_of
+from migsim.migration.policies.dirty_limit import DirtyLimit
+from migsim.migration.policies.protocol import GuestThrottle, Platform, SetVcpuDirtyLimit
+from migsim.migration.policies.script import Scripted
 from migsim.migration.ram import Ram
 from migsim.migration.window import HostClock
 from migsim.migration.xbzrle import Floats, Ints, XbzrleCache, XbzrleRam
@@ -28,14 +31,32 @@ CLOCK = 7  # stream of the host clock's randomness: where in a ms the migration 
 
 def loop_options(scenario: Scenario, seed: int, costs: QemuCosts) -> dict[str, Any]:
     """Keyword arguments of migration.precopy.Precopy."""
+    throttle = throttle_of(scenario.migration, scenario.guest.vcpus, scenario.kvm.dirty_ring_size)
     return {
         "devices": _devices(scenario, costs),
         "failure": _failure(scenario),
         "return_path": bool({"return-path", "postcopy-ram"} & set(scenario.migration.capabilities)),
-        "throttle": throttle_of(scenario.migration, scenario.guest.vcpus, scenario.kvm.dirty_ring_size),
-        "platform": platform_of(scenario.migration, scenario.guest.memory),
+        "throttle": throttle,
+        "vcpu_limit": _vcpu_limit(scenario, throttle),
+        "platform": _platform(scenario),
         "clock": HostClock(stream_key(seed, CLOCK) % NS_PER_MS, stream_key(seed, CLOCK, 1)),
     }
+
+
+def _vcpu_limit(scenario: Scenario, throttle: GuestThrottle) -> DirtyLimit | None:
+    """dirty-limit's state, which QEMU has wherever there are dirty rings."""
+    ring = scenario.kvm.dirty_ring_size
+    if isinstance(throttle, DirtyLimit) or not ring:
+        return throttle if isinstance(throttle, DirtyLimit) else None
+    return DirtyLimit(scenario.guest.vcpus, ring)
+
+
+def _platform(scenario: Scenario) -> Platform:
+    """Who watches, and what is commanded at given times."""
+    watching = platform_of(scenario.migration, scenario.guest.memory)
+    limits = sorted(scenario.set_vcpu_dirty_limit, key=lambda limit: limit.at)
+    commands = [(limit.at, SetVcpuDirtyLimit(limit.dirty_rate, limit.cpu_index)) for limit in limits]
+    return Scripted(watching, commands) if commands else watching
 
 
 def _failure(scenario: Scenario) -> LinkFailure | None:

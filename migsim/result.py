@@ -96,6 +96,8 @@ class Result(Struct, frozen=True, kw_only=True, rename="kebab"):
     host: dict[str, Any] = field(default_factory=dict)
     verify: dict[str, Any] = field(default_factory=dict)
     dirty_rate: tuple[DirtyRate, ...] = ()
+    # as query-vcpu-dirty-limit answered at the end of dirty-limit's last period
+    vcpu_dirty_limit: tuple[dict[str, int], ...] = field(default=(), name="query-vcpu-dirty-limit")
 
     @property
     def exit_code(self) -> int:

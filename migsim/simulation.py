@@ -247,6 +247,7 @@ def _result(
             "memory": _host_memory(world),
         },
         verify=checked,
+        vcpu_dirty_limit=tuple(loop.limited),
     )
 
 

@@ -1,6 +1,6 @@
-"""calc-dirty-rate in its three modes, and query-vcpu-dirty-limit: QEMU's estimators, with their bias.
+"""calc-dirty-rate in its three modes: QEMU's estimators, with their bias.
 
-Source: QEMU 10.0 migration/dirtyrate.c and system/dirtylimit.c. All of them count distinct pages over the time asked
+Source: QEMU 10.0 migration/dirtyrate.c. All of them count distinct pages over the time asked
 for, so a longer calc-time gives a smaller rate once pages are written twice; page-sampling sees a page only if the
 sample holds it, and skips blocks below 128 MiB; dirty-ring counts ring entries of each vCPU, again after each reap.
 Rates are whole MiB/s, each division rounds down where QEMU's does.
@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 
 from migsim.migration.dirty_rate_commands import SAMPLE_PAGES_DEFAULT, CalcDirtyRate
 from migsim.migration.parameters import Compat
-from migsim.migration.policies.dirty_limit import DirtyLimit
 from migsim.sim.prng import GOLDEN, MIX_1, MIX_2, stream_key
 from migsim.units import GIB, MIB, PAGE_SIZE
 
 __all__ = [
     "ASSUMED_NS", "BLOCK_MIN_BYTES", "dirty_bitmap_rate", "dirty_ring_rates", "page_sampling_rate",
-    "query_vcpu_dirty_limit", "reply", "sampled_pages", "unmeasured",
+    "reply", "sampled_pages", "unmeasured",
 ]  # fmt: skip
 
 BLOCK_MIN_BYTES: Final = 128 * MIB
@@ -106,13 +105,3 @@ def reply(
         out["dirty-rate"] = sum(rates)
         out["vcpu-dirty-rate"] = [{"id": i, "dirty-rate": rate} for i, rate in enumerate(rates)]
     return out
-
-
-def query_vcpu_dirty_limit(limit: DirtyLimit | None, current: Sequence[int]) -> list[dict[str, int]]:
-    """query-vcpu-dirty-limit: the vCPUs under a quota, their quota and their rate; [] where none is."""
-    if limit is None:
-        return []
-    return [
-        {"cpu-index": vcpu, "limit-rate": row.quota_mib_per_s, "current-rate": current[vcpu]}
-        for vcpu, row in sorted(limit.limits.items())
-    ]

@@ -15,7 +15,7 @@ from migsim.migration import postcopy, switchover
 from migsim.migration.devices import DeviceSet
 from migsim.migration.failure import LINK, LinkFailure
 from migsim.migration.loop_types import Knobs, Limits, LoopCosts, Machine, RamState, RoundLog
-from migsim.migration.policies.dirty_limit import DirtyLimit
+from migsim.migration.policies.dirty_limit import DirtyLimit, query_vcpu_dirty_limit
 from migsim.migration.policies.protocol import (
     Cancel,
     Command,
@@ -27,6 +27,7 @@ from migsim.migration.policies.protocol import (
     Platform,
     Sample,
     SetParameters,
+    SetVcpuDirtyLimit,
     StartPostcopy,
 )
 from migsim.migration.ram import NO_LIMITS, PS_PER_NS, Saved, SaveLimits
@@ -68,6 +69,7 @@ class Precopy:
     clock: HostClock = field(default_factory=HostClock)
     devices: DeviceSet = field(default_factory=DeviceSet)
     failure: LinkFailure | None = None
+    vcpu_limit: DirtyLimit | None = None  # with dirty rings: quotas by the capability, or by set-vcpu-dirty-limit
     return_path: bool = False  # the capability, or post-copy's: the source waits for the destination's end
 
     status: str = "none"
@@ -90,6 +92,7 @@ class Precopy:
         self.period_bytes = 0  # transferred until then
         self._next_poll_ns = self.platform.poll_interval_ns
         self._next_limit_ns = 0
+        self.limited: list[dict[str, int]] = []  # query-vcpu-dirty-limit at the end of dirty-limit's last period
         self._timer: tuple[int, int] = (0, 0)  # 9.2's sync timer: due ns, dirty_sync_count at its last tick
 
     # -- the thread --------------------------------------------------------------------------------------------------
@@ -257,11 +260,13 @@ class Precopy:
 
     def _dirty_limit(self) -> None:
         """dirty-limit's thread: once a period every limited vCPU's sleep moves towards its quota."""
-        limit = self.throttle
-        if not isinstance(limit, DirtyLimit) or not limit.in_service or self.now_ns < self._next_limit_ns:
+        limit = self.vcpu_limit
+        if limit is None or not limit.in_service or self.now_ns < self._next_limit_ns:
             return
         self._next_limit_ns = self.now_ns + limit.period_ns
-        limit.adjust(self.machine.vcpu_dirty_rates())
+        rates = self.machine.vcpu_dirty_rates()
+        limit.adjust(rates)
+        self.limited = query_vcpu_dirty_limit(limit, [rate.mib_per_s for rate in rates])
         self.machine.set_vcpu_sleeps([limit.sleep_us(vcpu) for vcpu in range(limit.vcpus)])
         self.stats.extra |= {
             "dirty-limit-throttle-time-per-round": limit.throttle_time_per_round_us(),
@@ -373,6 +378,12 @@ class Precopy:
             self.postcopy_asked = True
         elif isinstance(command, Cancel):
             self.why = command.reason or "migrate_cancel"
+        elif isinstance(command, SetVcpuDirtyLimit):
+            assert self.vcpu_limit is not None, "refused without dirty rings"
+            self.vcpu_limit.set_limit(command.mib_per_s, command.vcpu)
+            if not self.vcpu_limit.in_service:
+                self.limited = []
+                self.machine.set_vcpu_sleeps([0] * self.vcpu_limit.vcpus)
         elif not isinstance(command, MigrateContinue) and not self.guest_stopped:
             switchover.suspend(self, command.reason)
 

@@ -16,14 +16,13 @@ from migsim.migration.dirty_rate import (
     dirty_bitmap_rate,
     dirty_ring_rates,
     page_sampling_rate,
-    query_vcpu_dirty_limit,
     reply,
     sampled_pages,
     unmeasured,
 )
 from migsim.migration.dirty_rate_commands import CalcDirtyRate, check_request, check_vcpu_limit
 from migsim.migration.parameters import QmpError
-from migsim.migration.policies import DirtyLimit
+from migsim.migration.policies.dirty_limit import DirtyLimit, query_vcpu_dirty_limit
 from migsim.qemu_costs import QemuCosts
 from migsim.result import DirtyRate
 from migsim.scenario import Scenario, ScenarioError, build

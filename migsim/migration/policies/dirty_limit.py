@@ -5,7 +5,7 @@ Source: QEMU 10.0 system/dirtylimit.c (019fbfa4bcd2). Unlike auto-converge it hu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,7 +13,7 @@ from migsim.migration.policies.auto_converge import DirtyTrigger
 from migsim.migration.policies.protocol import Period, VcpuDirtyRate
 from migsim.units import NS_PER_MS, PAGE_SIZE
 
-__all__ = ["TOLERANCE_MIB", "DirtyLimit", "VcpuLimit", "throttled_rate"]
+__all__ = ["TOLERANCE_MIB", "DirtyLimit", "VcpuLimit", "query_vcpu_dirty_limit", "throttled_rate"]
 
 TOLERANCE_MIB: Final = 25  # nearer than this to the quota, nothing changes
 LINEAR_PCT: Final = 50  # farther than this from the quota, the sleep changes in proportion
@@ -116,3 +116,13 @@ def throttled_rate(pages_per_s: float, ring_size: int, sleep_us: int) -> float:
         return pages_per_s
     fill_s = ring_size / pages_per_s
     return ring_size / (fill_s + sleep_us / 1e6)
+
+
+def query_vcpu_dirty_limit(limit: DirtyLimit | None, current: Sequence[int]) -> list[dict[str, int]]:
+    """query-vcpu-dirty-limit: the vCPUs under a quota, their quota and their rate; [] where none is."""
+    if limit is None:
+        return []
+    return [
+        {"cpu-index": vcpu, "limit-rate": row.quota_mib_per_s, "current-rate": current[vcpu]}
+        for vcpu, row in sorted(limit.limits.items())
+    ]

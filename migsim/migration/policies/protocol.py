@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 __all__ = [
     "Cancel", "Command", "GuestThrottle", "MigrateContinue", "NoPlatform", "NoThrottle", "Period", "Platform",
-    "Sample", "SetParameters", "StartPostcopy", "StopGuest", "VcpuDirtyRate",
+    "Sample", "SetParameters", "SetVcpuDirtyLimit", "StartPostcopy", "StopGuest", "VcpuDirtyRate",
 ]  # fmt: skip
 
 
@@ -102,7 +102,15 @@ class MigrateContinue:
     """migrate-continue from pre-switchover."""
 
 
-Command = SetParameters | StartPostcopy | StopGuest | Cancel | MigrateContinue
+@dataclass(frozen=True, slots=True)
+class SetVcpuDirtyLimit:
+    """set-vcpu-dirty-limit: a quota for one vCPU, or for all; 0 takes it away."""
+
+    mib_per_s: int
+    vcpu: int | None = None
+
+
+Command = SetParameters | SetVcpuDirtyLimit | StartPostcopy | StopGuest | Cancel | MigrateContinue
 
 
 class Platform(Protocol):
