@@ -49,7 +49,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but a usage error is one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        said = message if message.isprintable() else ascii(message)[1:-1]
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {said} (see {self.prog} --help)\n")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         """argparse swallows it when help cannot be written."""

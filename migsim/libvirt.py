@@ -15,7 +15,7 @@ from xml.parsers import expat
 
 from msgspec import Struct
 
-from migsim.scenario import BACKING_BYTES, ScenarioError
+from migsim.scenario import BACKING_BYTES, VCPUS_MAX, ScenarioError
 from migsim.units import GIB, KIB, MIB, PAGE_SIZE, TIB
 
 __all__ = ["XML_BYTES_MAX", "Shape", "read_domain", "shape_of_xml"]
@@ -194,8 +194,8 @@ def _vcpus(domain: Element, notes: list[str]) -> int:
     online = _integer(element.get("current"), "domain/vcpu/@current") if "current" in element.attrib else most
     if online != most:
         notes.append(f"{online} of {most} vCPUs are online")
-    if not 1 <= online <= 4096:
-        raise ScenarioError("domain/vcpu", "must be from 1 to 4096", value=online)
+    if not 1 <= online <= VCPUS_MAX:
+        raise ScenarioError("domain/vcpu", f"must be from 1 to {VCPUS_MAX}", value=online)
     return online
 
 

@@ -18,7 +18,7 @@ from migsim.units import GIB, KIB, MIB, NS_PER_MS, NS_PER_S, NS_PER_US, PAGE_SIZ
 __all__ = ["PARSERS", "bandwidth", "duration", "in_words", "milliseconds", "percent", "share", "size", "write_rate"]
 
 # At most 20 digits before the point and 12 behind: a 64-bit number fits, and no text can cost much to convert.
-_QUANTITY: Final = re.compile(r"\s*([+-]?)(\d{1,20}(?:_\d{3})*)(?:\.(\d{1,12}))?\s*(\S(?:.{0,22}\S)?)?\s*")
+_QUANTITY: Final = re.compile(r"\s*([+-]?)([0-9]{1,20}(?:_[0-9]{3})*)(?:\.([0-9]{1,12}))?\s*(\S(?:.{0,22}\S)?)?\s*")
 
 _SIZES: Final[Mapping[str, int]] = MappingProxyType(
     {
@@ -171,7 +171,7 @@ def in_words(value: int, kind: str) -> str:
     """A size, rate (bytes/s) or duration (ns) for people, to four significant digits: '11.5 TiB', '300 ms'."""
     units = _SAID[kind]
     unit, factor = next(((u, f) for u, f in units if abs(value) >= f), units[-1])
-    return f"{value / factor:,.4g} {unit}" if abs(value) < 10_000 * factor else f"{value / factor:,.0f} {unit}"
+    return f"{value / factor:,.4g} {unit}" if abs(value) < 9_999 * factor else f"{value / factor:,.0f} {unit}"
 
 
 def _whole(raw: object, units: Mapping[str, Fraction], allowed: str, *, bare: bool) -> int:

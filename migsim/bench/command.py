@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from migsim.commands.output import destination
 from migsim.scenario import ScenarioError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ Measure = Callable[[], Mapping[str, "Measured | str"]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `migsim bench`."""
-    parser.add_argument("--json", metavar="FILE", help="write the rows there; - is standard output")
+    parser.add_argument("--json", type=destination, metavar="FILE", help="write the rows there; - is standard output")
     only = "measure this row or group alone (again for more); --list names them"
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help=only)
     parser.add_argument("--quick", action="store_true", help="small guests and few repetitions: seconds, not minutes")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-__all__ = ["open_closed_streams", "printing", "say", "silence_stdout", "stdout_problem"]
+__all__ = ["destination", "open_closed_streams", "printing", "say", "silence_stdout", "stdout_problem"]
 
 
 def open_closed_streams() -> None:
@@ -25,6 +25,11 @@ def open_closed_streams() -> None:
     if sys.stderr is None:
         _take(2, os.O_WRONLY)  # nobody is left to tell that nobody is left
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def destination(text: str) -> str:
+    """A FILE of the command line (argparse's type): stdout's other names are "-", where nothing overwrites the rest."""
+    return "-" if text in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") else text
 
 
 def say(text: str) -> None:
@@ -54,7 +59,7 @@ def stdout_problem() -> str | None:
 
 @contextmanager
 def printing(*, delivered: bool) -> Iterator[None]:
-    """Around what is printed when the answer is known: a reader who leaves (`... | head -1`) does not change it.
+    """Around what is printed, now or while the work goes on: a reader who leaves (`... | head -1`) changes no answer.
 
     Nor does a stdout that cannot be written, where the result is `delivered` in a file. Raises OSError otherwise.
     """
@@ -67,7 +72,7 @@ def printing(*, delivered: bool) -> Iterator[None]:
         if not delivered:
             raise
         silence_stdout()
-        say(f"migsim: standard output cannot be written: {error.strerror}; the result is in its file")
+        say(f"migsim: standard output cannot be written: {error.strerror}; the result goes to its file")
 
 
 def _silence(stream: TextIO) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from migsim.commands.bounded import SEED_MAX, Bounded
 from migsim.commands.look import compiled, refuse_unwritable, require_memory
-from migsim.commands.output import printing, say
+from migsim.commands.output import destination, printing, say
 from migsim.quantities import in_words
 from migsim.scenario import Scenario, ScenarioError, json_schema, load
 
@@ -35,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="settings", help=settings)
     parser.add_argument("--seed", type=Bounded(0, SEED_MAX), default=0, metavar="N", help="of all randomness [0]")
     parser.add_argument("--threads", type=Bounded(1, 1024), metavar="N", help="of the emulator; changes no result")
-    parser.add_argument("--json", metavar="FILE", help="write the result there; - is standard output")
-    parser.add_argument("--trace", metavar="FILE", help="KVM's tracepoints as JSON lines; for small guests")
+    parser.add_argument("--json", type=destination, metavar="FILE", help="write the result there; - is standard output")
+    trace = "KVM's tracepoints as JSON lines; for small guests"
+    parser.add_argument("--trace", type=destination, metavar="FILE", help=trace)
     parser.add_argument("--no-verify", action="store_true", help="without the ground truth of every page")
     parser.add_argument("--fault", metavar="STEP", help=f"switch one safety step off: {', '.join(FAULT_NAMES)}")
     parser.add_argument("--quiet", action="store_true", help="print nothing; the exit code tells")
@@ -53,16 +55,24 @@ def run_run(arguments: argparse.Namespace) -> int:
     scenario = load(arguments.scenario, arguments.settings)
     if arguments.fault is not None and arguments.fault not in FAULT_NAMES:
         raise ScenarioError("--fault", f"must be one of {', '.join(FAULT_NAMES)}", value=arguments.fault)
-    if arguments.json not in (None, "-"):
-        refuse_unwritable(arguments.json)
-    if arguments.trace is not None:
-        refuse_unwritable(arguments.trace)
+    _refuse_outputs(arguments.json, arguments.trace)
     require_memory(scenario, verify=not arguments.no_verify)
     if not arguments.quiet and not compiled():
         say("migsim: compiling the kernels, once after an install ...")
     result = _migrate(scenario, arguments)
     _deliver(result, arguments)
     return result.exit_code
+
+
+def _refuse_outputs(result: str | None, trace: str | None) -> None:
+    """Raises ScenarioError for an output that could not be written at the end of a long run."""
+    if trace == "-":
+        raise ScenarioError("--trace", "takes a file; standard output is the table's", value=trace)
+    if result is not None and trace is not None and os.path.realpath(result) == os.path.realpath(trace):
+        raise ScenarioError("", "--json and --trace cannot go to the same place", file=trace)
+    for path in (result, trace):
+        if path is not None and path != "-":
+            refuse_unwritable(path)
 
 
 def _migrate(scenario: Scenario, arguments: argparse.Namespace) -> Result:
@@ -135,14 +145,16 @@ def _deliver(result: Result, arguments: argparse.Namespace) -> None:
     from migsim.result import to_json, write_json
     from migsim.terminal import summary
 
-    if arguments.json not in (None, "-"):
-        try:
+    in_file = arguments.json not in (None, "-")
+    try:
+        if in_file:
             write_json(result, arguments.json)
-        except OSError as error:
-            raise ScenarioError("", f"cannot write the result: {error.strerror}", file=arguments.json) from None
-    with printing(delivered=arguments.json not in (None, "-")):
-        if arguments.json == "-":
-            sys.stdout.buffer.write(to_json(result))
-            sys.stdout.buffer.flush()
-        if not arguments.quiet:
-            (say if arguments.json == "-" else print)(summary(result))  # stdout is the JSON's alone
+    except OSError as error:
+        raise ScenarioError("", f"cannot write the result: {error.strerror}", file=arguments.json) from None
+    finally:  # a file that could not be written does not cost what is printed
+        with printing(delivered=in_file):
+            if arguments.json == "-":
+                sys.stdout.buffer.write(to_json(result))
+                sys.stdout.buffer.flush()
+            if not arguments.quiet:
+                (say if arguments.json == "-" else print)(summary(result))  # stdout is the JSON's alone

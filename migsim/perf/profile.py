@@ -10,7 +10,9 @@ A source is a commit, a mail, a measurement, or begins with "assumed"; one that 
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ __all__ = [
 
 DEFAULT_PROFILE = "m2-ultramem-416"
 _DEPTH_MAX = 4
+_BYTES_MAX = 1 << 20
 
 
 class ProfileError(ValueError):
@@ -43,8 +46,8 @@ class Quantity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
 
     def __post_init__(self) -> None:
-        if self.value < 0 or not self.source.strip():
-            raise ValueError("a number needs a value >= 0 and a source")
+        if not 0 <= self.value < math.inf or not self.source.strip():
+            raise ValueError("a number needs a finite value >= 0 and a source")
 
 
 class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,8 +58,8 @@ class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lines: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.ns < 0 or self.lines < 0 or not self.source.strip():
-            raise ValueError("a cost needs ns >= 0, lines >= 0 and a source")
+        if not (0 <= self.ns < math.inf and 0 <= self.lines < math.inf and self.source.strip()):
+            raise ValueError("a cost needs finite ns >= 0, lines >= 0 and a source")
 
 
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
@@ -135,7 +138,9 @@ def available_profiles() -> list[str]:
 
 
 def load_profile(name: str = "default") -> HostProfile:
-    """A profile by name, or by the path of a .toml file. "default" is the host of the published 416-vCPU figures.
+    """A profile by name, or by the path of a .toml file, relative to the working directory.
+
+    "default" is the host of the published 416-vCPU figures.
 
     Raises ProfileError for an unknown name, an unreadable file, or one that is not a profile.
     """
@@ -151,21 +156,41 @@ def _directory() -> Path:
 
 
 def _merged(name: str, depth: int) -> dict[str, Any]:
-    path = Path(name) if name.endswith(".toml") or os.sep in name else _directory() / f"{name}.toml"
+    named = not name.endswith(".toml") and os.sep not in name
+    path = _directory() / f"{name}.toml" if named else Path(name)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(_text(path))
     except FileNotFoundError:
-        raise ProfileError(f'no host profile "{name}"; known: default, {", ".join(available_profiles())}') from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ProfileError(f"{path}: {error}") from None
+        known = ["default", *available_profiles()]
+        close = difflib.get_close_matches(name[:64], known, n=1)
+        hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}, or the path of a .toml file"
+        where = "" if named else " (a path is relative to the working directory)"
+        raise ProfileError(f'no host profile "{name}"{where}; {hint}') from None
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ProfileError(f"{path}: is nested too deeply to be a host profile") from None
+    except ValueError as error:  # a NUL in the name, no UTF-8, no TOML, absurdly long digits
+        raise ProfileError(f"{path}: is not a host profile: {' '.join(str(error).split())[:200]}") from None
     base = data.pop("base", None)
     if base is None:
         return data
     if depth == 0 or not isinstance(base, str):
         raise ProfileError(f"{path}: base must be the name of a profile, at most {_DEPTH_MAX} deep")
     inherited = _merged(base, depth - 1)
-    tables = {key: {**inherited.get(key, {}), **_table(path, data, key)} for key in ("machine", "costs")}
+    tables = {key: {**_table(path, inherited, key), **_table(path, data, key)} for key in ("machine", "costs")}
     return {**inherited, **data, **tables}
+
+
+def _text(path: Path) -> str:
+    """What a profile's file holds. Raises OSError, or ValueError for what is no file of a profile's size."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a directory, a FIFO or a device
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as stream:
+        raw = stream.read(_BYTES_MAX + 1)
+    if len(raw) > _BYTES_MAX:
+        raise ValueError(f"it is longer than {_BYTES_MAX} bytes")
+    return raw.decode("utf-8")
 
 
 def _table(path: Path, data: dict[str, Any], key: str) -> dict[str, Any]:

@@ -29,12 +29,17 @@ class ScenarioError(ValueError):
         what = self.field
         if self.value is not None:
             what = f"{what} = {shown(self.value)}" if what else shown(self.value)
-        return ": ".join(part for part in (self.file, what, self.problem) if part)
+        return ": ".join(part for part in (_printable(self.file), what, self.problem) if part)
 
     def within(self, path: str, file: str) -> ScenarioError:
         """The same error seen from the outside: `path` goes before the field, `file` before everything."""
         field = ".".join(part for part in (path, self.field) if part)
         return ScenarioError(field, self.problem, value=self.value, file=file)
+
+
+def _printable(name: str) -> str:
+    """A file's name as it is, or escaped where a terminal would act on it or could not show it."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

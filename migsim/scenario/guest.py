@@ -25,6 +25,7 @@ Pattern = Literal["uniform", "sequential", "hot-cold", "zipf", "idle"]
 Backing = Literal["4K", "2M", "1G"]
 BACKING_BYTES: Final[dict[str, int]] = {"4K": PAGE_SIZE, "2M": 2 * MIB, "1G": GIB}
 
+VCPUS_MAX: Final = 1024  # CONFIG_KVM_MAX_NR_VCPUS by default (Linux 6.8); MAXSMP kernels alone have 4096
 _STREAMS_MAX: Final = 64
 _MEMORY_MAX: Final = 1 << 52  # x86-64 physical addresses have at most 52 bits
 
@@ -132,7 +133,7 @@ class Guest(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fi
     are all zero, at the end of RAM; untouched pages read as zeros, so it is at least 1 - populated (its default)."""
 
     memory: Annotated[int, size("RAM of the guest", ge=PAGE_SIZE, le=_MEMORY_MAX)]
-    vcpus: Annotated[int, Meta(ge=1, le=4096, description="KVM_MAX_VCPUS is 4096 at most (Linux 6.7)")] = 1
+    vcpus: Annotated[int, Meta(ge=1, le=VCPUS_MAX, description="KVM_MAX_VCPUS")] = 1
     name: str = ""
     populated: Annotated[float, share("share of memory ever touched")] = 1.0
     zero: Annotated[float, share("share of all pages that are zero")] | None = None
@@ -156,9 +157,10 @@ class Guest(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fi
         untouched = 1 - self.populated_pages / self.pages
         if self.data is not None:
             _check_extents("data", self.data, self.memory)
-            if self.zero is not None:
+            left = 1 - sum(e.size for e in self.data) / self.memory
+            if self.zero not in (None, left):  # a result repeats both
                 raise ScenarioError("zero", 'is what "data" leaves out; give one of the two', value=self.zero)
-            force_setattr(self, "zero", 1 - sum(e.size for e in self.data) / self.memory)
+            force_setattr(self, "zero", left)
         elif self.zero is None:
             force_setattr(self, "zero", untouched)
         elif self.zero < untouched:

@@ -13,6 +13,8 @@ from migsim.units import NS_PER_S
 
 __all__ = ["Expect", "Host", "Kvm", "Link", "LinkPhase"]
 
+_LINK_MAX = 1 << 50  # bytes/s; what a window admits is counted in 64 bits
+_Syncs = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _RING_MIN, _RING_MAX = 1024, 65536  # KVM_DIRTY_RING_MAX_ENTRIES; the floor leaves room for PML's 512 and KVM's reserve
 
 
@@ -61,7 +63,7 @@ class LinkPhase(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
 class Link(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     """The network between the hosts. bandwidth: bytes/s of payload, latency: ns one way."""
 
-    bandwidth: Annotated[int, link_rate("of the migration network", ge=1)] = 1_250_000_000
+    bandwidth: Annotated[int, link_rate("of the migration network", ge=1, le=_LINK_MAX)] = 1_250_000_000
     latency: Annotated[int, duration("one way", le=60 * NS_PER_S)] = 50_000
     phases: tuple[LinkPhase, ...] = ()
     fail_at: Annotated[int, duration("the connection dies, since the migrate command")] | None = None
@@ -88,4 +90,9 @@ class Expect(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_f
     converged: bool
     total_time: tuple[Annotated[int, milliseconds("")], Annotated[int, milliseconds("")]] | None = None
     downtime: tuple[Annotated[int, milliseconds("")], Annotated[int, milliseconds("")]] | None = None
-    syncs: tuple[int, int] | None = None
+    syncs: tuple[_Syncs, _Syncs] | None = None
+
+    def __post_init__(self) -> None:
+        for name, bounds in (("total-time", self.total_time), ("downtime", self.downtime), ("syncs", self.syncs)):
+            if bounds is not None and bounds[0] > bounds[1]:
+                raise ScenarioError(name, "must name the smaller bound first", value=list(bounds))

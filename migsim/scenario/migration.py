@@ -20,6 +20,9 @@ from migsim.units import MIB, PAGE_SIZE
 
 __all__ = ["BitmapAlias", "BlockBitmapMapping", "Compat", "Migration"]
 
+_INT64_MAX: Final = (1 << 63) - 1
+
+
 class BitmapAlias(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     """BitmapMigrationBitmapAlias."""
 
@@ -64,7 +67,7 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
     direct_io: bool = False
     mode: Literal["normal", "cpr-reboot", "cpr-transfer"] = "normal"
     x_vcpu_dirty_limit_period: Annotated[int, milliseconds("", ge=1, le=1000)] = 1000
-    vcpu_dirty_limit: Annotated[int, Meta(ge=1, description="MB/s a vCPU")] = 1
+    vcpu_dirty_limit: Annotated[int, Meta(ge=1, le=_INT64_MAX, description="MB/s a vCPU")] = 1
     x_checkpoint_delay: Annotated[int, milliseconds("", le=(1 << 32) - 1)] = 20_000
     tls_creds: str | None = ""
     tls_hostname: str | None = ""
@@ -78,7 +81,7 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
 
     # What the operator does; QEMU has no such parameters.
     time_limit: Annotated[int, duration("give up (cancel) after this long")] | None = None
-    round_limit: Annotated[int, Meta(ge=1, description="give up (cancel) after this many bitmap syncs")] | None = None
+    round_limit: Annotated[int, Meta(ge=1, le=_INT64_MAX, description="give up after this many syncs")] | None = None
     cancel_after: Annotated[int, duration("the operator sends migrate_cancel then")] | None = None
     switchover_pause: Annotated[int, duration("how long the client waits in pre-switchover")] = 0
     platform: Annotated[
@@ -91,7 +94,7 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
     platform_timeout: Annotated[int, duration("libvirt-timeout-*: virsh migrate --timeout")] | None = None
     postcopy_after: Annotated[int, duration("migrate-start-postcopy is sent then")] | None = None
     postcopy_recover_after: Annotated[int, duration("of postcopy-paused; migrate-recover then")] | None = None
-    postcopy_after_passes: Annotated[int, Meta(ge=1, description="... or after so many bitmap syncs")] | None = None
+    postcopy_after_passes: Annotated[int, Meta(ge=1, le=_INT64_MAX, description="or after so many syncs")] | None = None
 
     def __post_init__(self) -> None:
         self._check_versions()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from migsim.commands.bounded import Bounded
 from migsim.commands.look import refuse_unwritable
-from migsim.commands.output import printing, say
+from migsim.commands.output import destination, printing, say
 from migsim.scenario import ScenarioError
 from migsim.scenario.load import read_text
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     guest.add_argument("--no-ad-bits", action="store_true", help="without hardware accessed and dirty bits")
     guest.add_argument("--no-eager-page-split", action="store_true", help="the module parameter off")
     _add_test_options(parser)
-    parser.add_argument("--json", metavar="FILE", help="the result as JSON; - for stdout")
+    parser.add_argument("--json", type=destination, metavar="FILE", help="the result as JSON; - for stdout")
 
 
 def _add_test_options(parser: argparse.ArgumentParser) -> None:

@@ -42,12 +42,16 @@ def run_suites(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(f"{plan.backend.name}  {plan.case.suite}/{plan.case.name}" for plan in plans))
         return 0
-    outcomes = run_plans(plans, seed=arguments.seed, ops=arguments.ops, report=Printer(arguments.verbose).report)
-    write_reports(arguments, outcomes)
     # A stdout that is full costs what is printed, not the answer, where that is in a report.
     delivered = any(path not in (None, "-") for path in (arguments.ktap, arguments.junit))
-    with printing(delivered=delivered):
-        summary(outcomes)
+    printer = Printer(arguments.verbose, delivered=delivered)
+    outcomes = run_plans(plans, seed=arguments.seed, ops=arguments.ops, report=printer.report)
+    try:
+        write_reports(arguments, outcomes)
+    finally:  # a report that could not be written does not cost what is printed
+        with printing(delivered=delivered):
+            print_reports(arguments, outcomes)
+            summary(outcomes)
     return exit_code(outcomes, sentences)
 
 
@@ -96,29 +100,32 @@ def choose_backends(name: str) -> tuple[list[Backend], list[str]]:
 
 
 class Printer:
-    """A line a suite, a line a failure; with ``verbose`` a line a case."""
+    """A failure as it happens; with ``verbose`` a line a case. Whoever stops reading does not stop the checks."""
 
-    def __init__(self, verbose: bool) -> None:
+    def __init__(self, verbose: bool, *, delivered: bool) -> None:
         self._verbose = verbose
+        self._delivered = delivered
 
     def report(self, outcome: Outcome) -> None:
-        if outcome.status == "failed":
-            print(f"FAILED  {outcome.name}\n        {outcome.reason}\n        repeat: {outcome.repro}", flush=True)
-            if outcome.script:
-                print(f"        {len(outcome.script)} steps; --scripts DIR writes them as Python and as C")
-            if self._verbose and len(outcome.script) <= SCRIPT_SHOWN_MAX:
-                print("\n".join(f"          {step!r}" for step in outcome.script))
-        elif self._verbose:
-            detail = f": {outcome.reason}" if outcome.reason else ""
-            print(f"{outcome.status:<8}{outcome.name} ({outcome.seconds:.2f} s){detail}", flush=True)
+        with printing(delivered=self._delivered):
+            if outcome.status == "failed":
+                self._failure(outcome)
+            elif self._verbose:
+                detail = f": {outcome.reason}" if outcome.reason else ""
+                print(f"{outcome.status:<8}{outcome.name} ({outcome.seconds:.2f} s){detail}")
+
+    def _failure(self, outcome: Outcome) -> None:
+        print(f"FAILED  {outcome.name}\n        {outcome.reason}\n        repeat: {outcome.repro}")
+        if outcome.script:
+            print(f"        {len(outcome.script)} steps; --scripts DIR writes them as Python and as C")
+        if self._verbose and len(outcome.script) <= SCRIPT_SHOWN_MAX:
+            print("\n".join(f"          {step!r}" for step in outcome.script))
 
 
 def write_reports(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
-    """KTAP, JUnit and the scripts of failures, where asked for."""
+    """KTAP, JUnit and the scripts of failures to their files, where asked for."""
     for path, text in ((arguments.ktap, ktap), (arguments.junit, junit)):
-        if path == "-":
-            sys.stdout.write(text(outcomes))
-        elif path:
+        if path not in (None, "-"):
             _write_report(text(outcomes), path)
     failures = [outcome for outcome in outcomes if outcome.script]
     if arguments.scripts and failures:
@@ -126,7 +133,14 @@ def write_reports(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) ->
 
         for outcome in failures:
             for written in write_scripts(Path(arguments.scripts), outcome.name, outcome.script):
-                print(f"wrote {written}")
+                say(f"wrote {written}")
+
+
+def print_reports(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
+    """KTAP or JUnit to standard output, where asked for."""
+    for path, text in ((arguments.ktap, ktap), (arguments.junit, junit)):
+        if path == "-":
+            sys.stdout.write(text(outcomes))
 
 
 def _write_report(text: str, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from migsim.commands.bounded import SEED_MAX, Bounded
+from migsim.commands.output import destination
 from migsim.scenario import ScenarioError
 
 OPS_DEFAULT = 20_000
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     seed, ops = Bounded(0, SEED_MAX), Bounded(1, OPS_MAX)
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="random cases repeat with their seed")
     parser.add_argument("--ops", type=ops, default=OPS_DEFAULT, metavar="N", help="operations of a random case")
-    parser.add_argument("--ktap", metavar="FILE", help="write KTAP version 1 (- for standard output)")
-    parser.add_argument("--junit", metavar="FILE", help="write JUnit XML (- for standard output)")
+    parser.add_argument("--ktap", type=destination, metavar="FILE", help="write KTAP version 1 (- for standard output)")
+    parser.add_argument("--junit", type=destination, metavar="FILE", help="write JUnit XML (- for standard output)")
     parser.add_argument("--scripts", metavar="DIR", help="write a failure's script there as .py and .c")
     parser.add_argument("--seeded-bugs", action="store_true", help="put known bugs in, one at a time: is each caught?")
     parser.add_argument("--bug", metavar="NAME", help="with --seeded-bugs: only this one")

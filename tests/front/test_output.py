@@ -56,7 +56,7 @@ def test_it_is_the_same_sentence_without_a_buffer(command):
 def test_a_result_in_its_file_is_delivered_whatever_stdout_does(closed, tmp_path):
     path = tmp_path / "r.json"
     done = shell(f"run {TINY} --json {path} {closed}")
-    assert done.returncode == 0 and done.stderr.rstrip().endswith("the result is in its file")
+    assert done.returncode == 0 and done.stderr.rstrip().endswith("the result goes to its file")
     assert from_json(path.read_bytes()).converged
     selftest = shell(f"selftest demand_paging_test --json {path} {closed}")
     assert selftest.returncode == 0 and "demand_paging_test" in path.read_text()

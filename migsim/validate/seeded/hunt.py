@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from migsim.commands.output import printing
 from migsim.scenario.errors import ScenarioError, nearest
 from migsim.validate.backends import Backend, emulated
 from migsim.validate.random_scripts import HUGE_PAGES, preempt, replay_audited
@@ -122,11 +123,12 @@ def hunts(chosen: Iterable[Bug], arguments: argparse.Namespace) -> Iterator[Catc
     """Hunt and print."""
     for bug in chosen:
         catch = hunt(bug, seed=arguments.seed, ops=OPS_OF_A_HUNT)
-        print(line(catch), flush=True)
-        if arguments.verbose and catch.outcome is not None:
-            print(f"    {bug.about}\n    {catch.outcome.reason}")
-            for step in shortest(catch):
-                print(f"      {step!r}")
+        with printing(delivered=False):
+            print(line(catch))
+            if arguments.verbose and catch.outcome is not None:
+                print(f"    {bug.about}\n    {catch.outcome.reason}")
+                for step in shortest(catch):
+                    print(f"      {step!r}")
         yield catch
 
 
