@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get
 
 import msgspec
 
-from migsim.quantities import PARSERS
+from migsim.quantities import PARSERS, in_words
 from migsim.scenario.errors import ScenarioError, nearest, shown
 
 __all__ = ["convert", "is_text", "quantity_of"]
@@ -23,6 +23,7 @@ _WORDS: Final = {
     "int": "a whole number", "float": "a number", "str": "text in quotes", "bool": "true or false",
     "array": "a list", "object": "a table", "null": "null",
 }  # fmt: skip
+_SAID_AS: Final = {"size": "size", "duration": "duration", "bandwidth": "rate", "link-rate": "rate", "write-rate": "rate"}
 _AT: Final = re.compile(r" - at `\$(?P<path>.*)`$")
 _LIMIT: Final = re.compile(r"Expected `(?P<type>\w+)` (?P<op>[<>]=?) (?P<limit>\S+)$")
 _TYPE: Final = re.compile(r"Expected `(?P<want>[\w |]+)`, got `(?P<got>\w+)`$")
@@ -35,7 +36,7 @@ def convert(data: Mapping[str, Any], kind: type[T]) -> T:
     try:
         return msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
-        raise _translated(error, data) from None
+        raise _translated(error, data, kind) from None
 
 
 def quantity_of(annotation: Any) -> str | None:
@@ -50,12 +51,18 @@ def quantity_of(annotation: Any) -> str | None:
 
 def is_text(kind: type[msgspec.Struct], keys: Sequence[str]) -> bool:
     """Is what the dotted `keys` name below `kind` a text, or one of some texts, without a unit?"""
-    annotation: Any = kind
-    for key in keys:
-        annotation = _member(_core(annotation), key)
+    annotation = _annotation(kind, keys)
     core = _core(annotation)
     choices = get_args(core) if get_origin(core) is Literal else ()
     return quantity_of(annotation) is None and (core is str or any(isinstance(choice, str) for choice in choices))
+
+
+def _annotation(kind: Any, keys: Sequence[str]) -> Any:
+    """What stands at the dotted `keys` below `kind`; None where nothing does."""
+    annotation = kind
+    for key in keys:
+        annotation = _member(_core(annotation), key)
+    return annotation
 
 
 def _member(kind: Any, key: str) -> Any:
@@ -117,7 +124,7 @@ def _join(path: str, name: object) -> str:
     return f"{path}.{safe}" if path else safe
 
 
-def _translated(error: msgspec.ValidationError, data: Mapping[str, Any]) -> ScenarioError:
+def _translated(error: msgspec.ValidationError, data: Mapping[str, Any], kind: type) -> ScenarioError:
     """msgspec's report in the user's words."""
     match = _AT.search(str(error))
     path = re.sub(r"\[(\d+)\]", r".\1", match["path"]).strip(".") if match else ""
@@ -128,11 +135,20 @@ def _translated(error: msgspec.ValidationError, data: Mapping[str, Any]) -> Scen
         return ScenarioError(_join(path, missing["name"]), "is missing")
     value = _lookup(data, path)
     if limit := _LIMIT.match(text):
-        return ScenarioError(path, f"must be {limit['op']} {limit['limit']}", value=value)
+        quantity = quantity_of(_annotation(kind, path.split(".")))
+        return ScenarioError(path, f"must be {limit['op']} {_with_unit(limit['limit'], quantity)}", value=value)
     if wrong := _TYPE.match(text):
         want = " or ".join(_WORDS.get(t.strip(), t.strip()) for t in wrong["want"].split("|"))
         return ScenarioError(path, f"expected {want}", value=value)
     return ScenarioError(path, text[0].lower() + text[1:], value=value)
+
+
+def _with_unit(limit: str, quantity: str | None) -> str:
+    """A limit as it would be written in a scenario."""
+    said = _SAID_AS.get(quantity or "")
+    if said is not None and limit.isdecimal():
+        return in_words(int(limit), said)
+    return f"{limit} ms" if quantity == "milliseconds" else f"{limit} %" if quantity == "percent" else limit
 
 
 def _lookup(data: Any, path: str) -> Any:

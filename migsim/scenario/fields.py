@@ -24,7 +24,7 @@ size = partial(_quantity, "size")  # int, bytes
 bandwidth = partial(_quantity, "bandwidth")  # int, bytes/s; bare numbers are QMP's bytes/s
 link_rate = partial(_quantity, "link-rate")  # int, bytes/s
 write_rate = partial(_quantity, "write-rate")  # int, bytes/s; one page write a second is 4096
-duration = partial(_quantity, "duration")  # int, ns
+duration = partial(_quantity, "duration", le=1 << 62)  # int, ns; sums of two stay within 64 bits
 milliseconds = partial(_quantity, "milliseconds")  # int, ms; bare numbers are QMP's ms
 percent = partial(_quantity, "percent")  # int, per cent
 share = partial(_quantity, "share", le=1)  # float, 0..1
