@@ -16,8 +16,8 @@ from migsim.kvm.memslot import Memslot
 from migsim.kvm.spte import PG_LEVEL_2M
 from migsim.kvm.tdp_log import log_bit
 from migsim.kvm.uapi import KVM_DIRTY_LOG_MANUAL_CAPS
-from migsim.planes import Plane, Words
-from migsim.units import CHUNK_WORDS, REGION_PAGES, REGION_WORDS, WORD_BITS, words_of
+from migsim.planes import ALL_ONES, Plane, Words
+from migsim.units import CHUNK_PAGES, CHUNK_WORDS, REGION_PAGES, REGION_WORDS, WORD_BITS, words_of
 
 if TYPE_CHECKING:
     from migsim.kvm.vm import Vm
@@ -65,24 +65,39 @@ class BulkKernel:
         with self._vm.mmu_lock.write():
             for start in range(begin - begin % CHUNK_WORDS, end, CHUNK_WORDS):
                 a, b = max(start, begin), min(start + CHUNK_WORDS, end)
-                log.settle(start // CHUNK_WORDS)
-                live, taken = log.words[a:b], self._taken[: b - a]
-                np.bitwise_and(mask[a - begin : b - begin], live, out=taken)
-                if taken.any():
-                    live ^= taken
+                taken = self.take(log, a, mask[a - begin : b - begin])
+                if taken is not None:
                     self.protect(slot, a, taken)
                     flush = True
         return flush
 
+    def take(self, log: Plane, first_word: int, mask: Words) -> Words | None:
+        """Take the live bits among `mask`, words of one chunk; None if there are none. Valid until the next call."""
+        chunk, n = first_word // CHUNK_WORDS, len(mask)
+        if log.full[chunk] and n == CHUNK_WORDS and (chunk + 1) * CHUNK_PAGES <= log.n and (mask == ALL_ONES).all():
+            log.clear_range(chunk * CHUNK_PAGES, CHUNK_PAGES)  # all of a chunk that never had words
+            return mask
+        log.settle(chunk)
+        live, taken = log.words[first_word : first_word + n], self._taken[:n]
+        if not np.bitwise_and(mask, live, out=taken).any():
+            return None
+        live ^= taken
+        return taken
+
     def protect(self, slot: Memslot, first_word: int, taken: Words) -> None:
         """Re-arm the pages of `taken`, words from `first_word` on, all of one chunk."""
         vm, state = self._vm, self._vm.mmu.state
-        if vm.manual_dirty_log_protect == KVM_DIRTY_LOG_MANUAL_CAPS:
+        if vm.manual_dirty_log_protect == KVM_DIRTY_LOG_MANUAL_CAPS and self._any_huge():
             self.reach_4k(slot, first_word, taken)
         for root in state.roots.valid(slot.as_id):
             by_w = log_bit(state, root, wrprot=not vm.pml_enabled) == state.fmt.writable
             planes = root.leaf[slot.id]
             self.clear_words(planes.writable if by_w else planes.dirty, first_word, taken)
+
+    def _any_huge(self) -> bool:
+        """Is there a huge leaf anywhere? By the counters that each change of a leaf keeps (KVM's invariant 6)."""
+        stats = self._vm.stats
+        return stats.pages_2m > 0 or stats.pages_1g > 0
 
     def clear_words(self, plane: Plane, first_word: int, taken: Words) -> None:
         """plane &= ~taken, without writing memory where nothing is set."""
