@@ -17,7 +17,7 @@ from migsim.migration.wire import NORMAL_PAGE, ZERO_PAGE, RamBlockName, stream_s
 from migsim.scenario import Scenario
 from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
 
-TICK_SHARE = 0.09
+TICK_SHARE, TICK_FROM_NS = 0.2, 5 * NS_PER_MS
 
 #: ns each, assumed where a host profile says nothing: a 2.7 GHz server, TCP, not measured here.
 ASSUMED_NS: Mapping[str, float] = {
@@ -52,6 +52,7 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_window": 80_000.0,  # reading the clock, flushing the stream, reading it again
     "qemu_throttle_wake": 90_000.0,  # a throttled vCPU's sleep ends late
     "qemu_throttle_tick_tcg": 0.0,  # how late, at most, a throttle tick is under TCG
+    "qemu_sync_handover": 0.0,  # from a throttled vCPU's waking until the sync that waited for it goes on, under TCG
     "qemu_postcopy_page": 3_000.0,  # sent, received, placed with UFFDIO_COPY
     "qemu_postcopy_discard_page": 130.0,  # a dirty page named to the destination and discarded there
     **compression.ASSUMED_NS,
@@ -125,12 +126,12 @@ class QemuCosts:
     def throttle_tick_delay_ns(self, percentage: int) -> int:
         """How much later than asked the throttle timer fires under TCG, where vCPU and main loop share a lock.
 
-        Nothing up to sleeps of 4 ms, then a share of them up to the bound: recordings at 20 to 99 % of throttle.
+        Nothing up to sleeps of 5 ms, then a share of them up to the bound: recordings at 20 to 99 % of throttle.
         """
         if self.scenario.kvm.accel != "tcg" or not percentage:
             return 0
         sleep_ns = TIMESLICE_NS * percentage / (100 - percentage)
-        return round(min(self.ns("qemu_throttle_tick_tcg"), TICK_SHARE * max(0.0, sleep_ns - 4 * NS_PER_MS)))
+        return round(min(self.ns("qemu_throttle_tick_tcg"), TICK_SHARE * max(0.0, sleep_ns - TICK_FROM_NS)))
 
     def setup_bytes(self) -> int:
         """The stream before its first page: header, machine type, RAM's blocks."""

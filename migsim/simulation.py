@@ -111,7 +111,7 @@ def run(
     loop: Precopy
 
     def tick(elapsed_ps: int) -> None:
-        world.run_until(now() + elapsed_ps // PS_PER_NS)
+        world.run_within(now() + elapsed_ps // PS_PER_NS)
 
     def now() -> int:
         return loop.now_ns + ram.spent_ps // PS_PER_NS

@@ -24,7 +24,7 @@ from migsim.kvm.memslot import Memslot
 from migsim.kvm.populate import populate
 from migsim.kvm.vcpu import Vcpu
 from migsim.kvm.vm import Vm
-from migsim.migration.policies.auto_converge import TIMESLICE_NS, duty
+from migsim.migration.policies.auto_converge import ThrottleTimer, cycle_of
 from migsim.migration.policies.dirty_limit import throttled_rate
 from migsim.migration.policies.protocol import VcpuDirtyRate
 from migsim.migration.postcopy import requests
@@ -118,7 +118,7 @@ class World:
         streams = [self._paced(stream, config) for config in guest.workload for stream in streams_of(config)]
         self.workload = Workload(streams, self.memory.chunks, stream_key(seed))
         self._start_streams()
-        self.throttled_at_ns = 0
+        self.throttle = ThrottleTimer()
         self._buffers = np.zeros((2, CHUNK_WORDS), dtype=np.uint64)
         self._summary = np.zeros(SUMMARY_WORDS, dtype=np.uint64)
         self._by_slot = {of.slot.id: of for of in self.slots}
@@ -213,6 +213,10 @@ class World:
 
     def run_until(self, now_ns: int) -> None:
         """The guest has run until now."""
+        self.workload.settle(now_ns)
+
+    def run_within(self, now_ns: int) -> None:
+        """The same for a moment inside a call of the loop, at the mean rate: bursts are settled between calls."""
         self.workload.advance(now_ns)
 
     def stop(self) -> int:
@@ -225,24 +229,25 @@ class World:
         self.workload.set_pace(1.0, 1.0)
 
     def set_throttle(self, percentage: int) -> None:
-        """cpu-throttle-percentage: every vCPU runs for what `duty` leaves it."""
-        if self.workload.duty == 1.0:
-            self.throttled_at_ns = self.workload.now_ns
-        late_ns = self.costs.throttle_tick_delay_ns(percentage)
-        share = duty(percentage, wake_ns=round(self.costs.ns("qemu_throttle_wake")), tick_delay_ns=late_ns)
-        self.workload.set_pace(share, self.workload.slowdown)
+        """cpu-throttle-percentage: a timer puts every vCPU to sleep, all at once, and lets it run in between."""
+        if not percentage:
+            self.throttle = ThrottleTimer()
+            self.workload.set_bursts(None)
+            self.workload.set_pace(1.0, self.workload.slowdown)
+            return
+        wake_ns, late_ns = round(self.costs.ns("qemu_throttle_wake")), self.costs.throttle_tick_delay_ns(percentage)
+        cycle = cycle_of(percentage, self.workload.now_ns, wake_ns=wake_ns, tick_delay_ns=late_ns)
+        self.throttle.follow(cycle)
+        self.workload.set_bursts(self.throttle.run_ns)
+        self.workload.set_pace(1.0 - cycle.sleep_ns / cycle.period_ns, self.workload.slowdown)
 
-    def sync_wait_ns(self, percentage: int) -> int:
+    def sync_wait_ns(self) -> int:
         """TCG's sync runs a no-op on every vCPU after it (tcg_log_global_after_sync), which a sleep holds up.
 
-        Where in its cycle the vCPU is follows from when the throttle began: 10 ms of running, then tick after tick.
+        The vCPU that wakes keeps the CPU until the host's scheduler gives it to the thread that waited.
         """
-        if self.scenario.kvm.accel != "tcg" or not percentage:
-            return 0
-        cycle_ns = TIMESLICE_NS * 100 // (100 - percentage) + self.costs.throttle_tick_delay_ns(percentage)
-        sleep_ns = TIMESLICE_NS * percentage // (100 - percentage)
-        since_ns = self.workload.now_ns - self.throttled_at_ns - TIMESLICE_NS
-        return max(0, sleep_ns - since_ns % cycle_ns) if since_ns >= 0 else 0
+        left_ns = self.throttle.sleeps_for_ns(self.workload.now_ns) if self.scenario.kvm.accel == "tcg" else 0
+        return left_ns + round(self.costs.ns("qemu_sync_handover")) if left_ns else 0
 
     def vcpu_dirty_rates(self) -> list[VcpuDirtyRate]:
         """What the dirty rings count for each vCPU: first writes to pages between two reaps, a second apart."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +110,10 @@ class Workload:
         self.duty = 1.0
         self.slowdown = 1.0
         self.share: NDArray[np.float64] = np.ones(len(streams))
+        self._run_ns: Callable[[int, int], int] | None = None
+        self._settled, self._reached = self.clock.copy(), self.clock.copy()  # clocks at `_settled_ns`, and the bursts'
+        self._settled_ns = 0
+        self._even = np.array([s.headroom > 1.0 for s in streams], dtype=bool)  # who makes up for lost time writes on
         self._changes = sorted({p.at_ns for s in streams for p in s.phases}, reverse=True)
         self._set_rates()
 
@@ -136,6 +140,26 @@ class Workload:
         while self._changes and self._changes[-1] <= self.now_ns:
             self._changes.pop()
         return self._changes[-1] if self._changes else None
+
+    def set_bursts(self, run_ns: Callable[[int, int], int] | None) -> None:
+        """From now on the guest's `duty` of the time comes in bursts: run_ns(begin, end) of it between two moments."""
+        self._run_ns = run_ns
+
+    def settle(self, now_ns: int) -> None:
+        """`advance` between two calls of the loop: to where bursts have brought the guest.
+
+        Inside a call clocks move at the mean rate, so one may be ahead by part of a burst; it then stands until the
+        bursts have caught up, for what was observed has happened.
+        """
+        observed, gone_ns = self.clock.copy(), now_ns - self._settled_ns
+        self.advance(now_ns)
+        if self._run_ns is None or not self.duty or not gone_ns:
+            self._reached += self.clock - self._settled
+        else:
+            burst = self._run_ns(self._settled_ns, now_ns) / (self.duty * gone_ns)
+            self._reached += (self.clock - self._settled) * np.where(self._even, 1.0, burst)
+            np.maximum(observed, self._reached, out=self.clock)
+        self._settled, self._settled_ns = self.clock.copy(), now_ns
 
     def advance(self, now_ns: int) -> None:
         """Move every write clock to `now_ns`, phase by phase."""

@@ -62,7 +62,7 @@ class Machine(Protocol):
     def set_throttle(self, percentage: int) -> None:
         """cpu-throttle-percentage of every vCPU; 0 none."""
 
-    def sync_wait_ns(self, percentage: int) -> int:
+    def sync_wait_ns(self) -> int:
         """How long a sync that begins now waits for throttled vCPUs."""
 
     def vcpu_dirty_rates(self) -> list[VcpuDirtyRate]:

@@ -224,7 +224,7 @@ class Precopy:
         new = self.ram.sync()
         pages = self.stats.total_bytes // PAGE_SIZE
         stopped = self.guest_stopped
-        wait_ns = 0 if stopped else self.machine.sync_wait_ns(self.stats.cpu_throttle_percentage)
+        wait_ns = 0 if stopped else self.machine.sync_wait_ns()
         self.pass_time(self.costs.sync_ns + pages * self.costs.sync_page_ps // PS_PER_NS + wait_ns)
         self.period_dirty += new
         self.stats.dirty_bytes_last_sync = self.ram.dirty_pages * PAGE_SIZE
