@@ -248,20 +248,21 @@ class FusedRam(Ram):
         while self.dirty_pages and why == END_OF_SPAN:
             extent = next((e for e in self.extents[self.block_index] if e.first <= self.page < e.end), None)
             before = state[NORMAL] + state[DUPLICATE]
-            if extent is not None and self._dirty_from_here(extent) and not must_stop(state, limits.bytes, limits.ps):
-                self.name_block(state)
+            first = -1 if extent is None else self._dirty_from_here(extent)
+            if first >= 0 and not must_stop(state, limits.bytes, limits.ps):
+                self.name_block(state, first)
             why = self._send_plain(state, limits) if extent is None else self._send(extent, limits, start, state)
             self.dirty_pages -= int(state[NORMAL] + state[DUPLICATE] - before) if extent is not None else 0
             if self.page >= self.blocks[self.block_index].block.pages:
                 self.block_index, self.page = (self.block_index + 1) % len(self.blocks), 0
         return Saved(int(state[NORMAL]), int(state[DUPLICATE]), int(state[USED]), int(state[ELAPSED_PS]), why)
 
-    def _dirty_from_here(self, extent: Extent) -> bool:
-        """Will this extent send a page? Looked at only where the block changes, for the name in the stream."""
+    def _dirty_from_here(self, extent: Extent) -> int:
+        """The page this extent sends first, or -1; only where the block changes, for the name in the stream."""
         if self.last_sent_block == self.block_index:
-            return False
+            return -1
         here, nothing = self.blocks[self.block_index], np.zeros(STATE_LEN, dtype=np.int64)
-        return next_dirty(here.bmap.words, here.bmap_summary, here.bmap.full, self.page, extent.end, 0, nothing) >= 0
+        return next_dirty(here.bmap.words, here.bmap_summary, here.bmap.full, self.page, extent.end, 0, nothing)
 
     def _send(self, extent: Extent, limits: SaveLimits, start_ns: int, state: Ints) -> int:
         counts, results = np.zeros(COUNTS_LEN, dtype=np.int64), _results()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from migsim.guest.memory import layout
-from migsim.migration import compression, dirty_rate
+from migsim.migration import compress, compression, dirty_rate
 from migsim.migration.loop_types import LoopCosts
 from migsim.migration.policies.auto_converge import TIMESLICE_NS
 from migsim.migration.ram import PS_PER_NS, SaveCosts
@@ -57,6 +57,7 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_postcopy_discard_page": 130.0,  # a dirty page named to the destination and discarded there
     **compression.ASSUMED_NS,
     **dirty_rate.ASSUMED_NS,
+    **compress.ASSUMED_NS,
     "qemu_postcopy_run": 6_000_000.0,  # package received and loaded until the destination's vCPUs run
 }
 
@@ -82,6 +83,16 @@ class QemuCosts:
         """Is the stream encrypted?"""
         return bool(self.scenario.migration.tls_creds)
 
+    @property
+    def compressed(self) -> bool:
+        """Do threads of the capability compress deflate the pages?"""
+        return "compress" in self.scenario.migration.capabilities
+
+    def threaded_page(self, link_bytes_per_s: float) -> compress.ThreadedPage:
+        """A page of data under the capability compress, on a link of that speed."""
+        m, left = self.scenario.migration, self.scenario.guest.compressed
+        return compress.threaded_page(self.ns, m, left, self._page_ns(), link_bytes_per_s)
+
     def channel_page(self) -> compression.ChannelPage:
         """A page of data on one of multifd's channels."""
         m = self.scenario.migration
@@ -102,6 +113,10 @@ class QemuCosts:
             thread_ns = max(self.ns("qemu_page_multifd"), page.cpu_ns / channels)
             if self.scenario.migration.compat != "7.2":  # channels look for zero pages since 9.0
                 zero_ns = max(self.ns("qemu_page_multifd"), zero_ns / channels)
+        elif self.compressed:
+            threaded = self.threaded_page(link_bytes_per_s)
+            thread_ns, normal_bytes, wire_bytes = threaded.ns, round(threaded.bytes), 0.0
+            zero_ns = max(self.ns("qemu_page_compress"), zero_ns / self.scenario.migration.compress_threads)
         elif self.tls:
             thread_ns += self.ns("tls_byte") * NORMAL_PAGE
             wire_bytes = compression.tls_wire_bytes(NORMAL_PAGE)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from migsim.migration.compress import CompressRam
 from migsim.migration.devices import DeviceSet, VfioDevice
 from migsim.migration.failure import LinkFailure
 from migsim.migration.loop_types import RamState
@@ -93,6 +94,8 @@ def wire_ram(scenario: Scenario, ram: Ram, world: World, costs: QemuCosts) -> Ra
             ram, m.multifd_channels, requeue, sync_each_section=old, zero_on_channels=zero.on_channels,
             page_bytes=costs.channel_page().stream_bytes,
         )  # fmt: skip
+    if "compress" in m.capabilities:
+        return CompressRam(ram, lambda: costs.threaded_page(link_bytes_per_s(scenario, world.workload.now_ns)))
     if "xbzrle" in m.capabilities:
         cache = XbzrleCache(m.xbzrle_cache_size // PAGE_SIZE)
         return XbzrleRam(ram, cache, StreamWriters(scenario, world), costs.ns("qemu_xbzrle"))

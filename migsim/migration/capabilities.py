@@ -51,7 +51,6 @@ OTHER_LOOPS: Final[Mapping[str, str]] = {
     "x-colo": "COLO's checkpoints are not modelled here",
     "mapped-ram": "a file with fixed offsets is not modelled here",
     "background-snapshot": "a snapshot by write faults is not modelled here",
-    "compress": "the compression threads of QEMU up to 9.0 are not modelled here; multifd-compression is",
 }
 
 #: Capabilities and parameters that QEMU accepts and that have no effect here: on disks, on the destination's memory,

@@ -288,12 +288,12 @@ class Precopy:
         # 7.2 counts pages and, but for the last section, its end marker; later versions count the whole stream
         counted = (0 if last else EOS_BYTES) if self.knobs.compat == "7.2" else framing
         self._sent(saved.page_bytes + framing, counted=saved.page_bytes + counted, on_channels=saved.channel_bytes)
-        self.window.pages += saved.normal + saved.duplicate
+        self.window.pages += saved.normal + saved.duplicate + saved.packed
         self.stats.normal_pages += saved.normal
         self.stats.zero_pages += saved.duplicate
         self.stats.extra |= self.ram.reply()
         row = self.rounds[-1]
-        row.sent_pages += saved.normal
+        row.sent_pages += saved.normal + saved.packed
         row.zero_pages += saved.duplicate
         self.pass_time(-(-saved.elapsed_ps // PS_PER_NS) + self.costs.section_ns)
         return saved

@@ -89,6 +89,7 @@ class Saved:
     elapsed_ps: int
     why: int  # END_OF_SPAN: nothing dirty is left
     channel_bytes: int = 0  # of page_bytes, on multifd's channels
+    packed: int = 0  # pages of data that count as neither: deflated by a thread
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Ram:
         self.block_index = self.page = 0  # where the scan stands: last_seen_block, last_page
         self.spent_ps = 0  # of the present call, before the part this object is asked for (multifd, xbzrle)
         self.last_sent_block = -1  # the stream names a block only when it changes
+        self.first_pages = 0  # pages of data sent with their block's name
         self.rearmed_pages = self.clear_calls = 0
 
     @property
@@ -225,14 +227,15 @@ class Ram:
         why = int(must_stop(vector, limits.bytes, limits.ps))  # QEMU looks before it clears the chunk
         if why != END_OF_SPAN:
             return why
-        self.name_block(vector)
+        self.name_block(vector, found)
         why = int(must_stop(vector, limits.bytes, limits.ps))
         return why if why != END_OF_SPAN else self._save_chunk(state, found, limits, vector)
 
-    def name_block(self, vector: Ints) -> None:
+    def name_block(self, vector: Ints, page: int) -> None:
         """The first page after one of another block carries the block's name."""
         if self.last_sent_block != self.block_index:
             self.last_sent_block = self.block_index
+            self.first_pages += not self.blocks[self.block_index].block.zero.get(page)
             vector[USED] += 1 + len(self.blocks[self.block_index].block.idstr)
 
     def _next_dirty(self, state: BlockState, vector: Ints) -> int:

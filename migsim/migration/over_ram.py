@@ -1,0 +1,46 @@
+"""What stands between the loop and RAM: everything a data path does not change, passed through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from migsim.migration.ram import Ram
+
+__all__ = ["OverRam"]
+
+
+@dataclass
+class OverRam:
+    """migration.loop_types.RamState over `ram`; a data path overrides what it does differently, `save` at least."""
+
+    ram: Ram
+
+    @property
+    def dirty_pages(self) -> int:
+        return self.ram.dirty_pages
+
+    @property
+    def total_bytes(self) -> int:
+        return self.ram.total_bytes
+
+    def sync(self) -> int:
+        return self.ram.sync()
+
+    def stop_vcpus(self) -> None:
+        self.ram.stop_vcpus()
+
+    def enter_last_stage(self) -> None:
+        self.ram.enter_last_stage()
+
+    def update_rates(self) -> None:
+        self.ram.update_rates()
+
+    def reply(self) -> dict[str, Any]:
+        return self.ram.reply()
+
+    def clear_ps(self) -> int:
+        return self.ram.clear_ps()
+
+    def dirty_runs(self) -> int:
+        return self.ram.dirty_runs()
