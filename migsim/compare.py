@@ -11,7 +11,7 @@ import msgspec
 from migsim import simulation
 from migsim.perf.memstress import Memstress
 from migsim.perf.profile import HostProfile, load_profile
-from migsim.quantities import in_words
+from migsim.quantities import clock, in_words
 from migsim.result import Progress, Result
 from migsim.scenario import Scenario
 from migsim.selftest.demand_paging import demand_paging_test
@@ -75,7 +75,7 @@ def table(columns: Sequence[Column]) -> str:
 
 
 def _time(ns: float) -> str:
-    return in_words(round(ns), "duration")
+    return clock(round(ns))
 
 
 def _share(value: float) -> str:
@@ -111,7 +111,8 @@ def _memory(name: str) -> Callable[[Result], str]:
 
 
 def _blackout(result: Result) -> str:
-    return _time(int(result.migration["downtime"]) * NS_PER_MS) if "downtime" in result.migration else "-"
+    """From the first STOP to RESUME, as in the verdict."""
+    return clock(sum(part.duration_ns for part in result.downtime)) if result.downtime else "-"
 
 
 _ROWS: Final[tuple[Row, ...]] = (

@@ -15,7 +15,10 @@ from typing import Final
 
 from migsim.units import GIB, KIB, MIB, NS_PER_MS, NS_PER_S, NS_PER_US, PAGE_SIZE, TIB
 
-__all__ = ["PARSERS", "bandwidth", "duration", "in_words", "milliseconds", "percent", "share", "size", "write_rate"]
+__all__ = [
+    "PARSERS", "bandwidth", "clock", "counted", "duration", "in_words", "milliseconds", "percent", "share", "size",
+    "write_rate",
+]  # fmt: skip
 
 # At most 20 digits before the point and 12 behind: a 64-bit number fits, and no text can cost much to convert.
 _QUANTITY: Final = re.compile(r"\s*([+-]?)([0-9]{1,20}(?:_[0-9]{3})*)(?:\.([0-9]{1,12}))?\s*(\S(?:.{0,22}\S)?)?\s*")
@@ -172,6 +175,20 @@ def in_words(value: int, kind: str) -> str:
     units = _SAID[kind]
     unit, factor = next(((u, f) for u, f in units if abs(value) >= f), units[-1])
     return f"{value / factor:,.4g} {unit}" if abs(value) < 9_999 * factor else f"{value / factor:,.0f} {unit}"
+
+
+def clock(ns: int) -> str:
+    """A time of a migration for people: '300 ms', '59.64 s', and from a minute on '20:40 min' or '2:05:10 h'."""
+    if ns < 60 * NS_PER_S:
+        return in_words(ns, "duration")
+    minutes, seconds = divmod(ns // NS_PER_S, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02} h" if hours else f"{minutes}:{seconds:02} min"
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 round', '2 rounds'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _whole(raw: object, units: Mapping[str, Fraction], allowed: str, *, bare: bool) -> int:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from migsim.expectation import surprises
-from migsim.quantities import in_words
+from migsim.quantities import clock, counted, in_words
 from migsim.result import Progress, Result, Round
 from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
 
@@ -52,13 +52,13 @@ _Cell = Callable[[Round], str]
 # Heading, what stands below it, and how dearly it is kept: the lowest goes first on a narrow terminal.
 _COLUMNS: Final[tuple[tuple[str, _Cell, int], ...]] = (
     ("sync", lambda r: f"{r.sync}", 9),
-    ("start", lambda r: _time(r.start_ns), 8),
+    ("start", lambda r: clock(r.start_ns), 8),
     ("dirty", lambda r: _pages(r.dirty_pages), 9),
     ("sent", lambda r: _pages(r.sent_pages), 7),
     ("zero", lambda r: _pages(r.zero_pages), 3),
     ("rate", lambda r: f"{r.bandwidth * 8 / 1e9:.2f} Gbit/s" if r.bandwidth else "-", 6),
     ("threshold", lambda r: in_words(r.threshold_bytes, "size"), 4),
-    ("expected downtime", lambda r: _time(r.expected_downtime_ms * NS_PER_MS), 5),
+    ("expected downtime", lambda r: clock(r.expected_downtime_ms * NS_PER_MS), 5),
     ("throttle", lambda r: f"{r.cpu_throttle_percentage} %", 2),
 )
 
@@ -75,7 +75,7 @@ def _rounds(rounds: Sequence[Round], columns: int) -> str:
         lines = _table(shown, head + tail)
     left_out = len(rounds) - len(head) - len(tail)
     if left_out:
-        lines.insert(1 + len(head), f"... {left_out} more rounds (all of them with --json) ...")
+        lines.insert(1 + len(head), f"... {counted(left_out, 'more round')} (all of them with --json) ...")
     return "\n".join(lines)
 
 
@@ -100,11 +100,12 @@ def _downtime(result: Result) -> str:
     if not result.downtime:
         return ""
     wide = max(len(part.name) for part in result.downtime)
-    lines = [f"Downtime {_time(total)}"]
+    own = result.migration.get("downtime")
+    lines = [f"Blackout {clock(total)}" + ("" if own is None else f" (QEMU's own downtime: {own} ms)")]
     for part in result.downtime:
         share = part.duration_ns / total if total else 0.0
         bar = "#" * round(share * _BAR)
-        lines.append(f"  {part.name:<{wide}}  {_time(part.duration_ns):>9}  {share:6.1%}  {bar}".rstrip())
+        lines.append(f"  {part.name:<{wide}}  {clock(part.duration_ns):>9}  {share:6.1%}  {bar}".rstrip())
     return "\n".join(lines)
 
 
@@ -112,7 +113,7 @@ def _dirty_rates(result: Result) -> str:
     """What calc-dirty-rate answered, and what the guest really wrote meanwhile."""
     lines = ["Dirty rate, MiB/s: as QEMU says; distinct pages and page writes as they were"] * bool(result.dirty_rate)
     for found in result.dirty_rate:
-        asked = f"{found.reply['mode']}, {_time(found.elapsed_ns)} from {_time(found.at_ns)}"
+        asked = f"{found.reply['mode']}, {clock(found.elapsed_ns)} from {clock(found.at_ns)}"
         said = found.reply["dirty-rate"]
         lines.append(f"  {asked:<34}  {said:>9,}  {found.distinct_rate:>11,.1f}  {found.write_rate:>11,.1f}")
     return "\n".join(lines)
@@ -131,15 +132,15 @@ def _verified(result: Result) -> str:
 
 def _counters(title: str, values: Mapping[str, Any], columns: int) -> str:
     """`name value` pairs in as many columns as fit; zeros, texts and assumed costs are left to the JSON."""
-    pairs = [
-        (name, _count(name, value))
+    pairs = {
+        name: _count(name, value)
         for name, value in _flat(values)
         if isinstance(value, int | float) and value and not name.startswith("assumed-ns.")
-    ]
+    }
     if not pairs:
         return ""
-    names, numbers = max(len(n) for n, _ in pairs), max(len(v) for _, v in pairs)
-    cells = [f"  {name:<{names}} {number:>{numbers}}" for name, number in pairs]
+    names, numbers = max(map(len, pairs)), max(map(len, pairs.values()))
+    cells = [f"  {name:<{names}} {number:>{numbers}}" for name, number in pairs.items()]
     across = max(1, min(3, columns // len(cells[0])))
     down = -(-len(cells) // across)
     lines = ["".join(cells[row::down]) for row in range(down)]
@@ -158,20 +159,12 @@ def _count(name: str, value: float) -> str:
     if name.endswith("-bytes"):
         return in_words(int(value), "size")
     if name.endswith(("-ns", "_ns")):
-        return _time(int(value))
+        return clock(int(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _pages(pages: int) -> str:
     return in_words(pages * PAGE_SIZE, "size")
-
-
-def _time(ns: int) -> str:
-    if ns < 60 * NS_PER_S:
-        return in_words(ns, "duration")
-    minutes, seconds = divmod(ns // NS_PER_S, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02} h" if hours else f"{minutes}:{seconds:02} min"
 
 
 class ProgressBar:

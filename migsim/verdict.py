@@ -7,10 +7,12 @@ from itertools import pairwise
 
 from migsim.migration.failure import LINK
 from migsim.migration.precopy import Precopy
-from migsim.quantities import in_words
+from migsim.quantities import clock, counted, in_words
 from migsim.result import DowntimePart, Round
 from migsim.scenario import Scenario
 from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
+
+_ALIKE = 0.02  # two rates that differ by less are told as one
 
 PART_WORDS = {
     "stop": "stopping the vCPUs",
@@ -34,20 +36,36 @@ def verdict_of(
     verify: Mapping[str, object], interrupted: bool,
 ) -> str:  # fmt: skip
     """The sentence."""
-    when = in_words(loop.now_ns, "duration")
-    if verify.get("lost-pages"):
-        return f"Page lost: {verify['lost-pages']} pages differ at the destination, {_first(verify)} among them."
+    when = clock(loop.now_ns)
+    if lost := verify.get("lost-pages"):
+        differ = "1 page differs at the destination:" if lost == 1 else f"{lost} pages differ at the destination, first"
+        return f"Page lost: {differ} {_first(verify)}."
     if interrupted:
-        return f"Interrupted after {when} of simulated time and {len(rounds)} rounds; the rest is unknown."
+        done = counted(len(rounds), "round")
+        return f"Interrupted after {when} of simulated time and {done}; the rest is unknown."
     if loop.status == "completed":
-        syncs, blackout = loop.stats.dirty_sync_count, _blackout(scenario, loop, parts)
-        return f"Converges in {when} after {syncs} bitmap syncs; {blackout}."
+        how = "Moves by post-copy in" if any(part.name == "discard" for part in parts) else "Converges in"
+        syncs = counted(loop.stats.dirty_sync_count, "bitmap sync")
+        return f"{how} {when} after {syncs}; {_blackout(loop, parts)}."
     if loop.why == LINK:
         return _cut_off(loop, when)
-    return f"Does not converge within {loop.why} ({when}): {_limit(scenario, loop, rounds)}."
+    return f"{_called_off(scenario, loop, when)}: {_limit(loop, rounds)}."
 
 
-def _blackout(scenario: Scenario, loop: Precopy, parts: Sequence[DowntimePart]) -> str:
+def _called_off(scenario: Scenario, loop: Precopy, when: str) -> str:
+    """Who ended it."""
+    migration = scenario.migration
+    if loop.why == "time-limit" and migration.time_limit is not None:
+        return f"Does not converge within the time-limit of {clock(migration.time_limit)}"
+    if loop.why == "round-limit" and migration.round_limit is not None:
+        most = counted(migration.round_limit, "bitmap sync")
+        return f"Does not converge within the round-limit of {most} ({when})"
+    if loop.why == "cancel-after":
+        return f"Cancelled by the operator after {when}"
+    return f"Cancelled by {migration.platform} after {when} ({loop.why})"
+
+
+def _blackout(loop: Precopy, parts: Sequence[DowntimePart]) -> str:
     """How long the guest stood still, from the first STOP to RESUME, and what most of that was.
 
     QEMU's own `downtime` begins at the switch-over and, without a return path, ends before the destination runs.
@@ -55,12 +73,12 @@ def _blackout(scenario: Scenario, loop: Precopy, parts: Sequence[DowntimePart]) 
     down = sum(part.duration_ns for part in parts)
     longest = max(parts, key=lambda part: part.duration_ns)
     share = 100 * longest.duration_ns // max(1, down)
-    over = down > scenario.migration.downtime_limit * NS_PER_MS
-    note = f", above the downtime-limit of {scenario.migration.downtime_limit} ms" if over else ""
-    by = f" by {loop.suspended_by}" if longest.name == "suspended" else ""
-    last = loop.rounds[-1]
-    found = f"the final sync added {in_words(last.new_dirty_pages * PAGE_SIZE, 'size')} to the pages left to send"
-    return f"the blackout is {down / NS_PER_MS:.0f} ms{note}, {share} % of it {PART_WORDS[longest.name]}{by}; {found}"
+    over = down > loop.knobs.downtime_limit_ms * NS_PER_MS
+    note = f", above the downtime-limit of {loop.knobs.downtime_limit_ms} ms" if over else ""
+    most = PART_WORDS[longest.name] + (f" by {loop.suspended_by}" if longest.name == "suspended" else "")
+    new = loop.rounds[-1].new_dirty_pages * PAGE_SIZE
+    found = f"added {in_words(new, 'size')} to the pages left to send" if new else "found nothing new"
+    return f"the blackout is {clock(down)}{note}, {share} % of it {most}; the final sync {found}"
 
 
 def _cut_off(loop: Precopy, when: str) -> str:
@@ -72,7 +90,7 @@ def _cut_off(loop: Precopy, when: str) -> str:
             "and the guest at the destination stands still at the first page it lacks; nobody recovers it."
         )
     stood = sum(ns for _, ns in loop.parts)
-    still = f", after standing still for {stood / NS_PER_MS:.0f} ms" if stood else ""
+    still = f", after standing still for {clock(stood)}" if stood else ""
     return f"Fails after {when}: the link died with {left} to go; the guest goes on at the source{still}."
 
 
@@ -81,7 +99,7 @@ def _first(verify: Mapping[str, object]) -> str:
     return str(names[0]) if isinstance(names, list) and names else "?"
 
 
-def _limit(scenario: Scenario, loop: Precopy, rounds: Sequence[Round]) -> str:
+def _limit(loop: Precopy, rounds: Sequence[Round]) -> str:
     """What keeps it from converging: compare what gets dirty with what is sent, and the floor with the threshold."""
     seen = [r for r in rounds if r.duration_ns > NS_PER_S and r.sync > 1] or list(rounds)
     last = seen[-1]
@@ -93,18 +111,28 @@ def _limit(scenario: Scenario, loop: Precopy, rounds: Sequence[Round]) -> str:
     ]
     if loop.devices.stop_copy >= loop.stats.threshold_bytes > 0:
         state, admits = in_words(loop.devices.stop_copy, "size"), in_words(loop.stats.threshold_bytes, "size")
-        limit = scenario.migration.downtime_limit
+        limit = loop.knobs.downtime_limit_ms
         return f"the devices' stop-copy state is {state}, and the downtime-limit of {limit} ms admits {admits} in all"
     if not loop.devices.may_switch_over(loop.now_ns, loop.guest_stopped):
         state = in_words(loop.devices.pending, "size")
         return f"the destination has not acknowledged the devices' initial state, {state} of which are still to be sent"
+    left, admitted = loop.devices.pending, loop.stats.threshold_bytes
+    if left > max(admitted, loop.ram.dirty_pages * PAGE_SIZE):
+        state, admits = in_words(left, "size"), in_words(admitted, "size")
+        return (
+            f"the devices' pre-copy state changes as fast as it is sent, {state} of it are left, "
+            f"and the downtime-limit of {loop.knobs.downtime_limit_ms} ms admits {admits}"
+        )
     sent = in_words(round(last.bandwidth), "rate")
     if loop.stats.dirty_sync_count < 2:
         return f"the first pass over {in_words(loop.ram.total_bytes, 'size')} is not finished at {sent}"
     floor = in_words(loop.stats.dirty_bytes_last_sync, "size")
     need = in_words(max(1, loop.stats.threshold_bytes), "size")
-    rate = in_words(max(rates[-3:], default=0), "rate")
+    dirtied = max(rates[-3:], default=0)
+    balance = f" (the guest dirties {in_words(dirtied, 'rate')} of distinct pages, the migration sends {sent})"
+    if abs(dirtied - last.bandwidth) < _ALIKE * last.bandwidth:
+        balance = f", as much as the migration sends between two ({sent})"
     return (
-        f"each sync leaves {floor} dirty (the guest dirties {rate} of distinct pages, the migration sends {sent}), "
-        f"and the downtime-limit of {scenario.migration.downtime_limit} ms admits {need}"
+        f"each sync leaves {floor} dirty{balance}, "
+        f"and the downtime-limit of {loop.knobs.downtime_limit_ms} ms admits {need}"
     )

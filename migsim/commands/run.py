@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from migsim.commands.bounded import SEED_MAX, Bounded
 from migsim.commands.look import compiled, refuse_unwritable, require_memory
 from migsim.commands.output import destination, printing, say
-from migsim.quantities import in_words
+from migsim.quantities import counted, in_words
 from migsim.scenario import Scenario, ScenarioError, json_schema, load
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _migrate(scenario: Scenario, arguments: argparse.Namespace) -> Result:
         except KeyboardInterrupt:
             rounds = last[0].rounds if last else ()
             return Result(
-                verdict=f"Interrupted after {len(rounds)} rounds; nothing is known about the rest.",
+                verdict=f"Interrupted after {counted(len(rounds), 'round')}; nothing is known about the rest.",
                 converged=False,
                 interrupted=True,
                 scenario=scenario,

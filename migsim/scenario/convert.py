@@ -23,7 +23,9 @@ _WORDS: Final = {
     "int": "a whole number", "float": "a number", "str": "text in quotes", "bool": "true or false",
     "array": "a list", "object": "a table", "null": "null",
 }  # fmt: skip
-_SAID_AS: Final = {"size": "size", "duration": "duration", "bandwidth": "rate", "link-rate": "rate", "write-rate": "rate"}
+_SAID_AS: Final = {
+    "size": "size", "duration": "duration", "bandwidth": "rate", "link-rate": "rate", "write-rate": "rate",
+}  # fmt: skip
 _AT: Final = re.compile(r" - at `\$(?P<path>.*)`$")
 _LIMIT: Final = re.compile(r"Expected `(?P<type>\w+)` (?P<op>[<>]=?) (?P<limit>\S+)$")
 _TYPE: Final = re.compile(r"Expected `(?P<want>[\w |]+)`, got `(?P<got>\w+)`$")

@@ -44,7 +44,7 @@ def result(**values) -> Result:
 def test_the_verdict_comes_first_then_rounds_then_the_parts_of_the_blackout():
     text = summary(result(), 120)
     assert text.startswith("Limited by the link: converged.\n")
-    assert text.index("threshold") < text.index("Downtime 100 ms") < text.index("pf_fast")
+    assert text.index("threshold") < text.index("Blackout 100 ms") < text.index("pf_fast")
     assert "12 TiB" in text and "100.00 Gbit/s" in text and "3:51 min" in text
     assert "last-pass      98 ms   98.0%" in text
 
