@@ -76,7 +76,7 @@ class BulkSlot:
             raise ValueError(f"{slot!r} does not start on 2 MiB, or is not logged in a bitmap")
         planes = root.leaf[slot.id]
         rare = (planes.not_host_writable, planes.acc_tracked, planes.not_exec)
-        if planes.pfns or any(plane is not None for plane in rare) or not mmu.ad_enabled or mmu.write_tracked:
+        if planes.pfns or any(plane is not None for plane in rare) or not mmu.ad_enabled or mmu.stores_matter:
             raise ValueError(f"{slot!r} has pages that are not plain memory")
         self._vm, self._mmu, self._root, self._slot = vm, mmu, root, slot
         self._initially_set = vm.manual_dirty_log_protect & KVM_DIRTY_LOG_MANUAL_CAPS == KVM_DIRTY_LOG_MANUAL_CAPS

@@ -69,7 +69,8 @@ def handle_removed_pt(mmu: MmuState, root: Root, table_pfn: int, *, shared: bool
         remove_at_once(mmu, root, table_pfn)
         return
     level = root.level_of(table_pfn)
-    untrack_nx(mmu, root, table_pfn)
+    mmu.vm.trace("kvm_mmu_prepare_zap_page", gfn=root.gfn_of(Sptep(table_pfn, 0)), level=level)
+    unlist_table(mmu, root, table_pfn)
     held = [root.read(Sptep(table_pfn, entry)) for entry in range(ENTRIES)]
     if level == PG_LEVEL_4K:
         root.dying.add(table_pfn)  # a level-1 table freezes as a whole: from here on every entry of it reads FROZEN
@@ -120,6 +121,13 @@ def _empty_rows(mmu: MmuState, root: Root, table_pfn: int, value: int) -> Iterat
     row[:] = value
     for child in children:
         yield from _empty_rows(mmu, root, child, value)
+
+
+def unlist_table(mmu: MmuState, root: Root, table_pfn: int) -> None:
+    """The table leaves the VM's lists (tdp_mmu_unlink_sp): tdp_mmu_pages_lock is taken only if it is on one."""
+    if mmu.vintage.pages_list or (root, table_pfn) in mmu.nx:
+        with mmu.tdp_mmu_pages_lock:
+            untrack_nx(mmu, root, table_pfn)
 
 
 def untrack_nx(mmu: MmuState, root: Root, table_pfn: int) -> None:

@@ -15,6 +15,8 @@ class VmConfig:
     tdp: two-dimensional paging in hardware (parameters ept, npt). ad_bits: EPT accessed and dirty bits (eptad).
     pml: page-modification logging (pml). eager_page_split, nx_huge_pages, mmio_caching: the parameters of that name.
     smm: two address spaces (id 1 is SMM's). maxphyaddr: physical address bits of the host; 46 is a Cascade Lake's.
+    l1tf: the CPU has the L1TF bug (Skylake and before, never AMD; a Cascade Lake has not): what is not present must
+    name no page that could be cached.
     quirk_slot_zap_all: KVM_X86_QUIRK_SLOT_ZAP_ALL, on by default (Linux 6.12): deleting a slot zaps the whole VM.
     dirty_ring: the dirty ring capabilities are offered.
     instruction_emulation: guest stores are carried out by KVM's instruction emulator instead of the CPU (real mode
@@ -30,6 +32,7 @@ class VmConfig:
     nx_huge_pages: bool = False
     smm: bool = True
     maxphyaddr: int = 46
+    l1tf: bool = False
     quirk_slot_zap_all: bool = True
     mmio_caching: bool = True
     dirty_ring: bool = True
@@ -38,6 +41,8 @@ class VmConfig:
     def __post_init__(self) -> None:
         if not 36 <= self.maxphyaddr <= 52:
             raise ValueError(f"maxphyaddr {self.maxphyaddr}: allowed are 36 to 52 bits")
+        if self.l1tf and (self.vendor == "amd" or self.maxphyaddr > 46):
+            raise ValueError(f"l1tf: no {self.vendor} CPU with {self.maxphyaddr} address bits has it")
         if self.mmu != "shadow" and not self.tdp:
             raise ValueError(f"mmu {self.mmu!r} needs tdp=True")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from migsim.kvm.exits import Mmio, Op, StopRun
-from migsim.kvm.uapi import KVM_EXIT_MMIO
+from migsim.kvm.uapi import KVM_EXIT_INTR, KVM_EXIT_MMIO
 from migsim.units import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -20,39 +20,26 @@ _U32: Final = (1 << 32) - 1
 
 
 class Emulator:
-    """`mmio_gfn` is MMIO as long as the slots' generation is `mmio_generation`."""
+    """Carries out what the CPU could not. Every store is shown to the shadow MMU (kvm_page_track_write)."""
 
     def __init__(self, vm: Vm, vcpu: Vcpu) -> None:
         self._vm = vm
         self._vcpu = vcpu
-        self.mmio_gfn, self.mmio_generation = -1, -1
         self._mmio_data = 0  # kvm_run's mmio.data
         self._unfinished_atomic: tuple[int, int] | None = None
 
-    # -- MMIO known from the last fault --------------------------------------------------------------------------------
-
-    def is_mmio(self, gfn: int) -> bool:
-        """Was a fault on gfn handled as MMIO: there is an MMIO SPTE that was trusted, or no slot?"""
-        spte, _ = self._vm.mmu.walk(self._vcpu.load_root(), gfn)
-        return self._vm.mmu.fmt.is_mmio(spte) or self._vm.gfn_to_slot(self._vcpu.as_id, gfn) is None
-
-    def cache_mmio_info(self, gfn: int) -> None:
-        """Remember that gfn is MMIO under the present slots; not while they change (ddfd1730)."""
-        memslots = self._vm.memslots(self._vcpu.as_id)
-        if not memslots.update_in_progress:
-            self.mmio_gfn, self.mmio_generation = gfn, memslots.generation
-
     def match_mmio_gpa(self, gpa: int) -> bool:
         """Is gpa known to be MMIO? The emulator then asks no slot."""
-        same = self.mmio_gfn == gpa >> PAGE_SHIFT
-        return same and self.mmio_generation == self._vm.memslots(self._vcpu.as_id).generation
+        return self._vcpu.mmio.match_gpa(gpa, self._vm.memslots(0).generation)
 
     # -- the instruction emulator ------------------------------------------------------------------------------------
 
     def emulate(self, op: Op) -> int | None:
         """Carry out one operation in KVM; the value if it loads. No memory there: user space's MMIO."""
-        self._vcpu.count("insn_emulation")
         kind, gpa, value = op
+        if kind != "r" and self._vm.mmu.shadow.writes.would_block:
+            raise StopRun(KVM_EXIT_INTR)
+        self._vcpu.count("insn_emulation")
         if kind == "w":
             self.emulated_write(gpa, value)
             return None
@@ -72,6 +59,7 @@ class Emulator:
         """The store of an atomic instruction; None: there is no memory that takes it."""
         done = self._vm.access.compare_exchange(gpa, old, new, self._vcpu)
         if done:
+            self._vm.mmu.shadow.writes.track_write(gpa, 4)
             self._vm.stored(self._vcpu, gpa >> PAGE_SHIFT)
         return done
 
@@ -81,6 +69,7 @@ class Emulator:
         known = self.match_mmio_gpa(gpa)
         if known or not self._vm.access.write_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, data, self._vcpu):
             raise self.mmio(Mmio(gpa, True, data))
+        self._vm.mmu.shadow.writes.track_write(gpa, len(data))
         self._vm.stored(self._vcpu, gpa >> PAGE_SHIFT)
 
     def complete_userspace_io(self) -> None:

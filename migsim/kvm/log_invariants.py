@@ -121,9 +121,8 @@ def _writable_for_l2(vm: Vm, as_id: int) -> dict[int, list[str]]:
         if l2 is None or l2.as_id != as_id:
             continue
         for tag, cached in vcpu.tlb:
-            walked = l2.walk_guest(cached.gfn) if tag is l2 and cached.silent_store else None
-            if walked is not None:
-                first = walked.pte.gfn + cached.gfn % pages_per_level(walked.level)
+            if tag is l2 and cached.silent_store:
+                first = cached.l1_gfn_of(cached.gfn)
                 for mapped in range(first, first + pages_per_level(cached.level)):
                     ways[mapped].append(f"vCPU {vcpu.id} may store unseen from L2")
     return ways

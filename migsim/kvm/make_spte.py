@@ -41,6 +41,7 @@ def make_spte(
     host_writable: bool,
     ad_type: AdType = AdType.ENABLED,
     prefetch: bool = False,
+    synchronizing: bool = False,
     write_tracked: bool = False,
     nx_huge_pages: bool = False,
 ) -> MadeSpte:
@@ -48,9 +49,11 @@ def make_spte(
 
     W comes with MMU-writable and with D, so that the CPU logs no PML entry for a page marked at this very moment;
     a read fault on a host-writable page therefore installs W and reports the page (over-reporting is legal).
+    `write_tracked`: somebody shadows gfn and may not go out of step (unsync.py). `synchronizing`: a present SPTE gets
+    other rights, so it stays young.
     """
     spte = fmt.mmu_present | ad_type << AD_TYPE_SHIFT | fmt.present | fmt.memtype | pfn << PAGE_SHIFT
-    if not prefetch and (fmt.software_ad or ad_type != AdType.DISABLED):
+    if (not prefetch or synchronizing) and (fmt.software_ad or ad_type != AdType.DISABLED):
         spte |= fmt.accessed
     if level > PG_LEVEL_4K:
         spte |= PAGE_SIZE_BIT
@@ -68,7 +71,7 @@ def make_spte(
         spte |= fmt.writable | fmt.mmu_writable
         if fmt.software_ad or ad_type != AdType.DISABLED:
             spte |= fmt.dirty
-    if prefetch:  # nobody has touched it: the first access must show, by A or by a fault
+    if prefetch and not synchronizing:  # nobody has touched it: the first access must show, by A or by a fault
         spte = mark_for_access_track(fmt, spte)
     fmt.validate_leaf(spte, gfn, level)
     return MadeSpte(spte, wrprot)

@@ -249,6 +249,8 @@ class MemoryRegions:
             self.nr_memslot_pages -= slot.npages
         elif change is Change.CREATE:
             self.nr_memslot_pages += slot.npages
+        if change in (Change.CREATE, Change.DELETE):
+            self._vm.mmu.slot_pages_changed(self.nr_memslot_pages)
         if (old_flags ^ new_flags) & KVM_MEM_LOG_DIRTY_PAGES:
             self.nr_memslots_dirty_logging += 1 if new_flags & KVM_MEM_LOG_DIRTY_PAGES else -1
             self.update_cpu_dirty_logging(enable=bool(new_flags & KVM_MEM_LOG_DIRTY_PAGES))

@@ -9,42 +9,33 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from migsim.kvm.invariants import mmu_violations
-from migsim.kvm.levels import PageFault
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_lock import MmuLock
-from migsim.kvm.mmu_state import MmuState, VcpuSeam, VmSeam
+from migsim.kvm.mmu_state import MmuState, VmSeam
+from migsim.kvm.mmu_vcpu import VcpuMmu
 from migsim.kvm.notifier import gfn_ranges
-from migsim.kvm.nx_recovery import RECOVERY_RATIO, recover_nx_huge_pages
-from migsim.kvm.page_fault import classify, direct_page_fault, error_code, handle_mmio_page_fault
-from migsim.kvm.roots import Root
+from migsim.kvm.nx_recovery import RECOVERY_RATIO, recover_nx_huge_pages, recover_nx_shadow_pages
 from migsim.kvm.shadow_mmu import ShadowMmu
-from migsim.kvm.spte import PG_LEVEL_2M, PG_LEVEL_4K, SpteFormat
-from migsim.kvm.tdp_mmu import RetPf
+from migsim.kvm.spte import PG_LEVEL_2M, PG_LEVEL_4K
 from migsim.kvm.tdp_ops import TdpMmu
 from migsim.kvm.vintage import Vintage
 from migsim.kvm.write_protect import write_track_add, write_track_remove
-from migsim.units import PAGE_SHIFT, PAGE_SIZE, REGION_PAGES, WORD_BITS
+from migsim.units import PAGE_SIZE, REGION_PAGES, WORD_BITS
 
 INITIALLY_SET = 3  # KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET
-_STAT_OF = {RetPf.FIXED: "pf_fixed", RetPf.EMULATE: "pf_emulate", RetPf.SPURIOUS: "pf_spurious"}
 
 
-class Mmu:
+class Mmu(VcpuMmu):
     """Facade. `vm` is the VM it serves; `vintage` overrides the row the VM's configuration selects."""
 
     def __init__(self, vm: VmSeam, vintage: Vintage | None = None) -> None:
         self.vm = vm
         self.state = MmuState(vm, vintage)
-        self.shadow = ShadowMmu(self.state, self.track_writes, self.untrack_writes)
+        self.shadow = ShadowMmu(self.state, lambda slot, gfn: self._write_protect(slot, gfn, PG_LEVEL_4K))
         self.tdp = TdpMmu(self.state)
         self.parts: tuple[ShadowMmu | TdpMmu, ...] = (self.shadow, self.tdp) if self.tdp_enabled else (self.shadow,)
         self._loaded = self.state.loaded
         self._valid_gen = 0  # mmu_valid_gen, a bit that toggles
-
-    @property
-    def fmt(self) -> SpteFormat:
-        """The SPTE format."""
-        return self.state.fmt
 
     @property
     def tdp_enabled(self) -> bool:
@@ -55,88 +46,6 @@ class Mmu:
     def lock(self) -> MmuLock:
         """mmu_lock."""
         return self.state.lock
-
-    # -- roots and faults --------------------------------------------------------------------------------------------
-
-    def valid_roots(self, as_id: int) -> list[Root]:
-        """Roots that faults of one address space may use."""
-        return list(self.state.roots.valid(as_id))
-
-    def root_is_current(self, vcpu: VcpuSeam, root: Root) -> bool:
-        """May the vCPU go on with `root`: not invalidated, and of the role it is in now?"""
-        return not root.invalid and root.role == self.state.role(vcpu)
-
-    def root_of(self, vcpu: VcpuSeam) -> Root:
-        """The root a vCPU translates through, loaded first where it has none, an invalid one, or changed its role."""
-        root = self._loaded.get(vcpu.id)
-        return root if root is not None and self.root_is_current(vcpu, root) else self.load_root(vcpu)
-
-    def load_root(self, vcpu: VcpuSeam, old: Root | None = None) -> Root:
-        """Give the vCPU the root of its role and take its reference to the old one back (kvm_mmu_load)."""
-        role = self.state.role(vcpu)
-        assert old is None or self._loaded.get(vcpu.id) is old, f"vCPU {vcpu.id} gives back a root it does not hold"
-        self.unload(vcpu)
-        slots = self.vm.memslots(role.as_id)
-        root = self.state.roots.get(self.fmt, role, slots, pml=self.vm.config.pml_enabled)
-        self._loaded[vcpu.id] = root
-        return root
-
-    def unload(self, vcpu: VcpuSeam) -> None:
-        """The vCPU lets its root go."""
-        root = self._loaded.pop(vcpu.id, None)
-        if root is not None:
-            self.state.roots.put(root)
-
-    def walk(self, root: Root, gfn: int) -> tuple[int, int]:
-        """(SPTE, level) where the hardware's walk for gfn ends."""
-        return root.lookup(gfn)
-
-    def page_fault(
-        self, vcpu: VcpuSeam, gpa: int, *, write: bool, exec: bool = False, prefetch: bool = False
-    ) -> RetPf:
-        """Handle a refused access (kvm_mmu_page_fault). RETRY, FIXED, SPURIOUS: run the guest again.
-
-        EMULATE, WRITE_PROTECTED: the access is to be emulated. Raises OSError(EFAULT or EHWPOISON) where KVM_RUN fails.
-        """
-        root = self.root_of(vcpu)
-        fault = PageFault(vcpu, gpa, gpa >> PAGE_SHIFT, write, exec, prefetch)
-        classify(self.state, root, fault)
-        if fault.rsvd:
-            result = handle_mmio_page_fault(self.state, root, fault)
-            if result != RetPf.INVALID:
-                return result
-            fault.rsvd = False
-        self.vm.trace(
-            "kvm_page_fault", vcpu_id=vcpu.id, fault_address=gpa, error_code=error_code(fault)
-        )
-        if not prefetch:
-            self.vm.stats.count_vcpu(vcpu.id, "pf_taken")
-        result = direct_page_fault(self.state, root, fault, self._map)
-        # of faults nobody took only those that mapped something count (Linux 5.19)
-        if result in _STAT_OF and (result == RetPf.FIXED or not prefetch):
-            self.vm.stats.count_vcpu(vcpu.id, _STAT_OF[result])
-        return result
-
-    def _map(self, mmu: MmuState, root: Root, fault: PageFault) -> RetPf:
-        return self.parts[-1].map(root, fault)
-
-    def set_dirty_bit(self, vcpu: VcpuSeam, root: Root, gfn: int) -> bool:
-        """The CPU stores through a leaf with W and sets D if it has D bits; True if D was clear (PML logs then)."""
-        return self._set_hardware_bit(root, gfn, self.fmt.dirty)
-
-    def set_accessed(self, vcpu: VcpuSeam, root: Root, gfn: int) -> bool:
-        """The CPU reads through a leaf: A is set if the CPU has A bits; True if it was clear."""
-        return self._set_hardware_bit(root, gfn, self.fmt.accessed)
-
-    def _set_hardware_bit(self, root: Root, gfn: int, bit: int) -> bool:
-        if not self.state.ad_enabled:
-            return False
-        *_, (at, spte, level) = root.walk(gfn)
-        assert self.fmt.is_present(spte) and self.fmt.is_leaf(spte, level), f"gfn {gfn:#x}: SPTE {spte:#x} no leaf"
-        if spte & bit:
-            return False
-        root.write(at, spte | bit)
-        return True
 
     # -- slots -------------------------------------------------------------------------------------------------------
 
@@ -150,6 +59,10 @@ class Mmu:
         for root in self.state.roots.valid(slot.as_id):
             if slot.id in root.leaf:
                 root.drop_slot(slot.id)
+
+    def slot_pages_changed(self, nr_memslot_pages: int) -> None:
+        """The guest has grown or shrunk: so does what shadow pages may be had."""
+        self.shadow.limit.slot_pages_changed(nr_memslot_pages)
 
     def zap_slot(self, slot: Memslot) -> None:
         """Zap what one slot maps and nothing else (quirk KVM_X86_QUIRK_SLOT_ZAP_ALL off, Linux 6.12)."""
@@ -178,8 +91,7 @@ class Mmu:
             if self.state.vintage.protects_huge_at_enable:
                 self._wrprot_slot(slot, PG_LEVEL_2M)
             return
-        if self._eager_split and self.tdp_enabled:
-            self.tdp.split_slot(slot, slot.base_gfn, slot.end_gfn)
+        self._try_split_huge_pages(slot, slot.base_gfn, slot.end_gfn)
         if self.vm.config.pml_enabled:
             for part in self.parts:
                 part.clear_dirty_slot(slot)
@@ -187,9 +99,11 @@ class Mmu:
         else:
             self._wrprot_slot(slot, PG_LEVEL_4K)
 
-    @property
-    def _eager_split(self) -> bool:
-        return self.vm.config.eager_page_split and self.state.vintage.eager_split
+    def _try_split_huge_pages(self, slot: Memslot, start: int, end: int) -> None:
+        """Eager splitting of gfns [start, end) to 4K: nested guests' pages through the rmap, then the roots'."""
+        if self.vm.config.eager_page_split and self.state.vintage.eager_split and self.tdp_enabled:
+            self.shadow.split_slot(slot, start, end)
+            self.tdp.split_slot(slot, start, end)
 
     def _wrprot_slot(self, slot: Memslot, min_level: int) -> None:
         for part in self.parts:
@@ -211,8 +125,7 @@ class Mmu:
         with self._exclusive():
             if self.vm.manual_dirty_log_protect & INITIALLY_SET == INITIALLY_SET:
                 first, last = base + (mask & -mask).bit_length() - 1, base + mask.bit_length() - 1
-                if self._eager_split and self.tdp_enabled:
-                    self.tdp.split_slot(slot, first, last + 1)
+                self._try_split_huge_pages(slot, first, last + 1)
                 self._write_protect(slot, first, PG_LEVEL_2M)
                 if first // REGION_PAGES != last // REGION_PAGES:
                     self._write_protect(slot, last, PG_LEVEL_2M)
@@ -302,8 +215,8 @@ class Mmu:
     # -- the rest ----------------------------------------------------------------------------------------------------
 
     def recover_nx(self, ratio: int = RECOVERY_RATIO) -> int:
-        """One period of the NX recovery worker; returns how many tables left its list."""
-        return recover_nx_huge_pages(self.state, ratio)
+        """One period of the NX recovery worker; returns how many tables left its lists, shadowed guests' first."""
+        return recover_nx_shadow_pages(self.state, self.shadow.pages, ratio) + recover_nx_huge_pages(self.state, ratio)
 
     def table_pages(self) -> int:
         """Page-table pages allocated now, shadow pages included."""
@@ -329,7 +242,9 @@ class Mmu:
         left = {name: getattr(stats, name) for name in ("pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits")}
         leaks = [f"{name} is {value} at destruction" for name, value in left.items() if value]
         leaks += [f"{root!r} is left at destruction" for root in self.state.roots]
-        return leaks + [f"NX list still holds table {table:#x}" for _, table in self.state.nx]
+        leaks += [f"{len(self.shadow.pages)} shadow pages are left at destruction"] * (len(self.shadow.pages) > 0)
+        tables = [table for _, table in self.state.nx] + [table for _, table in self.state.nx_shadow]
+        return leaks + [f"NX list still holds table {table:#x}" for table in tables]
 
     def invariants(self) -> list[str]:
         """Everything that must hold between two operations; one sentence for each violation."""

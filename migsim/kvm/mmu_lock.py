@@ -6,7 +6,7 @@ nobody. What the kernel would deadlock or corrupt on raises AssertionError.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from migsim.sim.meter import Meter
@@ -14,6 +14,30 @@ from migsim.sim.meter import Meter
 
 class WouldBlock(AssertionError):
     """A second actor, interleaved by a test, needs a lock whose holder waits for it: the kernel would simply wait."""
+
+
+class SpinLock:
+    """One of the small locks inside mmu_lock: held for a few instructions, never while something sleeps.
+
+    tdp_mmu_pages_lock guards what faults under the read lock share beside the SPTEs: the list of roots, the NX list and
+    (until Linux 6.1) the list of all table pages; mmu_unsync_pages_lock the marks of shadow pages. `taken` is told.
+    """
+
+    def __init__(self, taken: Callable[[], None]) -> None:
+        self._taken, self._held = taken, False
+
+    def __enter__(self) -> None:
+        assert not self._held, "a spinlock is taken twice"
+        self._held = True
+        self._taken()
+
+    def __exit__(self, *_: object) -> None:
+        self._held = False
+
+    @property
+    def held(self) -> bool:
+        """Is it taken?"""
+        return self._held
 
 
 class MmuLock:

@@ -9,25 +9,35 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from migsim.kvm.config import VmConfig
 from migsim.kvm.host_mm import HostMm
 from migsim.kvm.memslot import Memslot, Memslots
-from migsim.kvm.mmu_lock import MmuLock
+from migsim.kvm.mmio import MmioCache
+from migsim.kvm.mmu_lock import MmuLock, SpinLock
 from migsim.kvm.roots import Role, Root, RootList
-from migsim.kvm.spte import SpteFormat, spte_format
+from migsim.kvm.spte import SpteFormat, l1tf_mask, spte_format
 from migsim.kvm.stats import Stats
 from migsim.kvm.vintage import SHADOW, VINTAGES, Vintage
 from migsim.sim.meter import Meter
 
+if TYPE_CHECKING:
+    from migsim.kvm.shadow_page import ShadowPage
+
+Owner = TypeVar("Owner")
+
 
 class VcpuSeam(Protocol):
-    """What the MMU asks of a vCPU. `smm`: it runs in system-management mode. `guest_mode`: it runs an L2 guest."""
+    """What the MMU asks of a vCPU. `smm`: it runs in system-management mode. `guest_mode`: it runs an L2 guest.
+
+    `mmio`: what it last found to be MMIO.
+    """
 
     id: int
     smm: bool
     guest_mode: bool
+    mmio: MmioCache
 
 
 class VmSeam(Protocol):
@@ -109,27 +119,30 @@ class Rcu:
             callback()
 
 
-class NxList:
-    """possible_nx_huge_pages: FIFO of tables kept small only because huge pages must not be executable."""
+class NxList(Generic[Owner]):
+    """possible_nx_huge_pages: FIFO of tables kept small only because huge pages must not be executable.
+
+    An entry is the structure a table belongs to (a root, or a shadow page is its own) and the table's frame.
+    """
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[Root, int], None] = {}
+        self._tables: dict[tuple[Owner, int], None] = {}
 
     def __len__(self) -> int:
         return len(self._tables)
 
-    def __contains__(self, key: tuple[Root, int]) -> bool:
+    def __contains__(self, key: tuple[Owner, int]) -> bool:
         return key in self._tables
 
-    def __iter__(self) -> Iterator[tuple[Root, int]]:
+    def __iter__(self) -> Iterator[tuple[Owner, int]]:
         """(root, table frame), oldest first."""
         return iter(tuple(self._tables))
 
-    def add(self, root: Root, table_pfn: int) -> None:
+    def add(self, root: Owner, table_pfn: int) -> None:
         """Track one more table."""
         self._tables[root, table_pfn] = None
 
-    def discard(self, root: Root, table_pfn: int) -> bool:
+    def discard(self, root: Owner, table_pfn: int) -> bool:
         """Stop tracking; True if it was tracked."""
         return self._tables.pop((root, table_pfn), 0) is None
 
@@ -184,6 +197,8 @@ class MmuState:
             vintage_5_10=self.vintage.format_5_10,
             ad_bits=config.ad_bits,
             mmio_caching=self.mmio_caching,
+            # the L1 cache of an affected CPU uses 44 bits or more (override_cache_bits)
+            rsvd_mask=l1tf_mask(max(config.maxphyaddr, 44)) if config.l1tf else 0,
         )
         self.ad_enabled = config.vendor == "amd" or config.ad_bits
         self.level = 5 if config.maxphyaddr > 48 else 4
@@ -193,12 +208,17 @@ class MmuState:
         self.loaded: dict[int, Root] = {}  # vCPU id -> the root it holds a reference to
         self.rcu = Rcu()
         self.sched = Sched()
-        self.nx = NxList()
+        self.tdp_mmu_pages_lock = SpinLock(lambda: vm.meter.count("tdp_mmu_pages_lock"))
+        self.unsync_pages_lock = SpinLock(lambda: vm.meter.count("mmu_unsync_pages_lock"))
+        self.nx: NxList[Root] = NxList()
+        self.nx_shadow: NxList[ShadowPage] = NxList()  # those of shadowed guests (a list of their own since 6.18)
         self.invalidate = InvalidateRange()
         self.whole_slots = True  # operations on large ranges work on rows and planes at once (whole_slot.py)
         self.whole_slots_min_pages = 4096
         self.shadowed_leafs: Counter[int] = Counter()  # leaves of nested guests' shadow pages, by level
         self.write_tracked: dict[tuple[int, int], int] = {}  # (as_id, gfn) -> trackers
+        self.indirect_shadow_pages = 0  # shadow pages with a guest's table behind them
+        self.refuses_write: Callable[..., bool] = self.is_write_tracked  # unsync.py: what shadow pages have to say
 
     @property
     def at_once(self) -> bool:
@@ -214,7 +234,12 @@ class MmuState:
         """The role of the direct root a vCPU needs now."""
         return Role(self.level, smm=vcpu.smm, guest_mode=vcpu.guest_mode, ad_disabled=not self.ad_enabled)
 
-    def is_write_tracked(self, slot: Memslot, gfn: int) -> bool:
+    @property
+    def stores_matter(self) -> bool:
+        """Is there any gfn whose stores the MMU must see or protect: tracked, or a guest table that is shadowed?"""
+        return bool(self.write_tracked) or self.indirect_shadow_pages > 0
+
+    def is_write_tracked(self, slot: Memslot, gfn: int, **_: bool) -> bool:
         """Must stores to gfn reach the MMU (kvm_gfn_is_write_tracked)?"""
         return self.write_tracked.get((slot.as_id, gfn), 0) > 0
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from migsim.kvm.changed_spte import assert_protected
 from migsim.kvm.host_mm import Gup, HostPage
 from migsim.kvm.levels import PageFault, hugepage_adjust
 from migsim.kvm.make_spte import restore_acc_track
-from migsim.kvm.memslot import KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
-from migsim.kvm.mmio import generation_mask, mmio_generation
+from migsim.kvm.mmio import check_mmio_spte, mmio_gfn
 from migsim.kvm.mmu_state import MmuState
+from migsim.kvm.paging import Sptep
 from migsim.kvm.roots import Root
-from migsim.kvm.spte import PG_LEVEL_4K
+from migsim.kvm.spte import ACC_ALL, PG_LEVEL_4K
 from migsim.kvm.tdp_mmu import RetPf
 
 FAST_PF_TRIES: Final = 4
@@ -45,85 +45,108 @@ def classify(mmu: MmuState, root: Root, fault: PageFault) -> None:
     fault.present = mmu.fmt.is_present(spte) and mmu.fmt.is_leaf(spte, level) and bool(spte & 7)
 
 
+def write_protected(mmu: MmuState) -> RetPf:
+    """What a store to a tracked gfn comes to: a result of its own since Linux 6.12."""
+    return RetPf.WRITE_PROTECTED if mmu.vintage.write_protected else RetPf.EMULATE
+
+
 def handle_mmio_page_fault(mmu: MmuState, root: Root, fault: PageFault) -> RetPf:
-    """Step 0, a reserved-bit fault: emulate if the MMIO SPTE is of this generation, else (INVALID) handle in full."""
+    """Step 0, a reserved-bit fault: emulate if the vCPU knows the page, or the MMIO SPTE is of this generation.
+
+    INVALID: handle it in full. RETRY: the entry has gone meanwhile.
+    """
+    vm = mmu.vm
+    if fault.vcpu.mmio.match_gpa(fault.gpa, vm.memslots(0).generation):
+        return RetPf.EMULATE
     spte, _ = root.lookup(fault.gfn)
     if not mmu.fmt.is_mmio(spte):
         return RetPf.RETRY
-    if mmu.vm.memslots(root.as_id).generation & KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS:
-        return RetPf.INVALID  # the slots are just changing, and the SPTE does not say on which side it was made
-    generation = mmu.vm.memslots(root.as_id).generation & generation_mask(mmu.fmt)
-    stamped = mmio_generation(mmu.fmt, spte)
-    mmu.vm.trace("check_mmio_spte", spte=spte, spte_gen=stamped, kvm_gen=generation, valid=stamped == generation)
-    if stamped != generation:
+    if not check_mmio_spte(vm, mmu.fmt, spte, vm.memslots(root.as_id)):
         return RetPf.INVALID
-    mmu.vm.trace("handle_mmio_page_fault", addr=fault.gpa, gfn=fault.gfn, access=spte & mmu.fmt.mmio_access)
+    gfn, access = mmio_gfn(mmu.fmt, spte), spte & mmu.fmt.mmio_access
+    vm.trace("handle_mmio_page_fault", addr=0, gfn=gfn, access=access)  # a direct root has no guest address
+    fault.vcpu.mmio.cache(0, gfn, access, vm.memslots(0).generation)
     return RetPf.EMULATE
 
 
 # -- fast page fault -----------------------------------------------------------------------------------------------
 
 
+class FastTry(NamedTuple):
+    """One round of the fast path: the result (None: lost the race, look again), where, and what was there."""
+
+    result: RetPf | None
+    at: Sptep
+    old_spte: int
+
+
 def fast_page_fault(mmu: MmuState, root: Root, fault: PageFault) -> RetPf:
-    """Give W (or R and X of an access-tracked SPTE) back without mmu_lock; INVALID: not a case for this path."""
+    """Give W (or R and X of an access-tracked SPTE) back without mmu_lock; INVALID: not a case for this path.
+
+    FIXED and SPURIOUS count as pf_fast; the tracepoint shows whichever it came to.
+    """
     eligible = fault.write if fault.present else not mmu.ad_enabled
     if fault.rsvd or not eligible or not mmu.vintage.fast_page_fault:
         return RetPf.INVALID
-    result = RetPf.INVALID
     with mmu.rcu.read():
         for _ in range(FAST_PF_TRIES + 1):
             step = _fast_try(mmu, root, fault)
-            if step is not None:
-                result = step
+            if step.result is not None:
                 break
+        result = RetPf.INVALID if step.result is None else step.result
+        mmu.vm.trace(
+            "fast_page_fault",
+            vcpu_id=fault.vcpu.id, cr2_or_gpa=fault.gpa, error_code=error_code(fault), sptep=step.at.table_pfn,
+            old_spte=step.old_spte, new_spte=root.read(step.at), spurious=result == RetPf.SPURIOUS,
+            fixed=result == RetPf.FIXED,
+        )  # fmt: skip
     if result != RetPf.INVALID:
         mmu.stats.count_vcpu(fault.vcpu.id, "pf_fast")
     return result
 
 
-def _fast_try(mmu: MmuState, root: Root, fault: PageFault) -> RetPf | None:
-    """One round: the result, or None if the compare-exchange lost and another look is due."""
+def _fast_try(mmu: MmuState, root: Root, fault: PageFault) -> FastTry:
+    """One round. A FROZEN entry is not present: not a case for this path."""
     fmt = mmu.fmt
     *_, (at, old, level) = root.walk(fault.gfn)
     if not fmt.is_present(old) or not fmt.is_leaf(old, level):
-        return RetPf.INVALID
+        return FastTry(RetPf.INVALID, at, old)
     if fmt.allows(old, write=fault.write, exec=fault.exec):
-        return RetPf.SPURIOUS
+        return FastTry(RetPf.SPURIOUS, at, old)
     new = old if mmu.ad_enabled else restore_acc_track(fmt, old)
     if fault.write and fmt.is_mmu_writable(old):
         new |= fmt.writable
         # A huge page would become writable as a whole although one bit is logged: the slow path splits it.
         if level > PG_LEVEL_4K and fault.slot is not None and fault.slot.logging:
-            return RetPf.INVALID
+            return FastTry(RetPf.INVALID, at, old)
     if new == old or not fmt.allows(new, write=fault.write, exec=fault.exec):
-        return RetPf.INVALID
+        return FastTry(RetPf.INVALID, at, old)
     assert_protected(mmu, fault.gfn, lockless=True)
-    fixed = root.cmpxchg(at, old, new)
-    mmu.vm.trace(
-        "fast_page_fault",
-        vcpu_id=fault.vcpu.id, cr2_or_gpa=fault.gpa, error_code=error_code(fault), sptep=at.table_pfn, old_spte=old,
-        new_spte=new, spurious=False, fixed=fixed,
-    )  # fmt: skip
-    if not fixed:
-        return None
+    if not root.cmpxchg(at, old, new):
+        return FastTry(None, at, old)
     if fault.slot is not None and fmt.is_writable(new) and not fmt.is_writable(old):
         mmu.vm.mark_page_dirty_in_slot(fault.slot, fault.gfn, fault.vcpu)
-    return RetPf.FIXED
+    return FastTry(RetPf.FIXED, at, old)
 
 
 # -- slow path -----------------------------------------------------------------------------------------------------
 
 
-def faultin_pfn(mmu: MmuState, fault: PageFault) -> RetPf:
+def faultin_pfn(mmu: MmuState, fault: PageFault, *, gva: int = 0, access: int = ACC_ALL) -> RetPf:
     """Resolve the frame; nothing is locked. The sequence is read first, so that a notifier from here on is noticed.
 
-    Raises OSError: EFAULT for an address user space has not mapped, EHWPOISON (the SIGBUS) for a poisoned page.
+    `gva`, `access`: the guest's address and its rights, for the vCPU's MMIO cache; 0 where there is no such address.
+    Raises OSError: EFAULT for an address user space has not mapped, EHWPOISON (the SIGBUS) for a poisoned page, EAGAIN
+    for a prefetch while the slot changes.
     """
     fault.invalidate_seq = mmu.invalidate.seq
     slot = fault.slot
     if slot is None:
+        fault.vcpu.mmio.cache(gva, fault.gfn, access & mmu.fmt.mmio_access, mmu.vm.memslots(0).generation)
         uncached = not mmu.mmio_caching or fault.gfn > mmu.vm.config.max_gfn
         return RetPf.EMULATE if uncached else RetPf.CONTINUE
+    if slot.invalid and fault.prefetch:
+        raise OSError(errno.EAGAIN, f"gfn {fault.gfn:#x}: {slot!r} is being deleted or moved")
     if slot.invalid or mmu.invalidate.covers(fault.gfn):
         return RetPf.RETRY
     if slot.readonly and fault.write:
@@ -136,7 +159,8 @@ def faultin_pfn(mmu: MmuState, fault: PageFault) -> RetPf:
     if fault.write and not page.writable:
         raise OSError(errno.EFAULT, f"gfn {fault.gfn:#x}: store to a host page that is read-only")
     fault.pfn, fault.host_writable = page.pfn, page.writable and not slot.readonly
-    return RetPf.CONTINUE
+    # a second look, so that a fault that will have to start over does not wait for the lock first
+    return RetPf.RETRY if mmu.invalidate.retry(fault.invalidate_seq, fault.gfn) else RetPf.CONTINUE
 
 
 def is_stale(mmu: MmuState, root: Root, fault: PageFault) -> bool:
@@ -152,7 +176,7 @@ def direct_page_fault(mmu: MmuState, root: Root, fault: PageFault, map_handler: 
     fault.nx_workaround = mmu.nx_huge_pages
     # 1 a store to a write-tracked gfn belongs to whoever shadows it
     if fault.write and fault.present and fault.slot is not None and mmu.is_write_tracked(fault.slot, fault.gfn):
-        return RetPf.WRITE_PROTECTED if mmu.vintage.write_protected else RetPf.EMULATE
+        return write_protected(mmu)
     # 2 repair without the lock
     fast = fast_page_fault(mmu, root, fault)
     if fast != RetPf.INVALID:

@@ -74,12 +74,19 @@ class RootList:
         """Every root of an address space, also the invalid ones (a TLB may still hold their translations)."""
         return (root for root in self if root.as_id == as_id)
 
-    def get(self, fmt: SpteFormat, role: Role, slots: Iterable[SlotShape], *, pml: bool) -> Root:
-        """The root of `role`, with one more reference; made if there is none (kvm_tdp_mmu_alloc_root)."""
+    def find(self, role: Role) -> Root | None:
+        """The valid root of `role` if there is one, with one more reference (kvm_tdp_mmu_get_root)."""
         for root in self.valid(role.as_id):
             if root.role == role:
                 root.root_count += 1
                 return root
+        return None
+
+    def get(self, fmt: SpteFormat, role: Role, slots: Iterable[SlotShape], *, pml: bool) -> Root:
+        """The root of `role`, with one more reference; made if there is none (kvm_tdp_mmu_alloc_root)."""
+        found = self.find(role)
+        if found is not None:
+            return found
         root = Root(fmt, role, pml=pml)
         for slot in slots:
             root.add_slot(slot)

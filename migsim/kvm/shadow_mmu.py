@@ -8,40 +8,57 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
+from typing import Any, Final, Protocol
 
 from migsim.kvm import whole_slot
 from migsim.kvm.changed_spte import handle_changed_spte
 from migsim.kvm.collapse import zap_small_leafs
+from migsim.kvm.direct_prefetch import prefetch
+from migsim.kvm.guest_tables import GuestTables
+from migsim.kvm.guest_writes import GuestWrites
 from migsim.kvm.levels import PageFault, max_mapping_level
-from migsim.kvm.make_spte import change_pfn, make_spte, mark_for_access_track
+from migsim.kvm.make_spte import change_pfn, mark_for_access_track
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
-from migsim.kvm.paging import Sptep
+from migsim.kvm.page_limit import PageLimit
 from migsim.kvm.rmap import Rmap, RmapEntry
 from migsim.kvm.roots import Root
-from migsim.kvm.shadow_pages import ShadowPage, ShadowPages
-from migsim.kvm.spte import ACC_ALL, ENTRIES, MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K
-from migsim.kvm.tdp_mmu import RetPf, mark_made_writable, tdp_mmu_map
+from migsim.kvm.shadow_fault import ShadowFaults
+from migsim.kvm.shadow_page import ShadowPage
+from migsim.kvm.shadow_pages import ShadowPages
+from migsim.kvm.shadow_split import ShadowSplit
+from migsim.kvm.spte import MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K
+from migsim.kvm.tdp_mmu import RetPf, tdp_mmu_map
+from migsim.kvm.unsync import Unsync
 from migsim.kvm.zap import zap_root
 from migsim.units import REGION_PAGES, WORD_BITS, pages_per_level
 
-PTE_PREFETCH: Final = 8
 BATCH_ZAP_PAGES: Final = 10
 
 Change = Callable[[int], int]  # what becomes of an SPTE
 
 
+class HoldsRoots(Protocol):
+    """A guest whose tables are shadowed, as far as the end of the VM is concerned."""
+
+    def unload(self, vcpu: Any) -> None: ...
+
+
 class ShadowMmu:
     """The shadow MMU of one VM. `direct`: it serves direct roots too, because the TDP MMU is off."""
 
-    def __init__(
-        self, mmu: MmuState, track: Callable[[Memslot, int], None], untrack: Callable[[Memslot, int], None]
-    ) -> None:
+    def __init__(self, mmu: MmuState, protect: Callable[[Memslot, int], bool]) -> None:
         self.mmu = mmu
         self.direct = not mmu.vintage.tdp
         self.rmap = Rmap(mmu)
-        self.pages = ShadowPages(mmu, self.rmap, track, untrack)
+        self.pages = ShadowPages(mmu, self.rmap, protect)
+        self.limit = PageLimit(mmu, self.pages)
+        self.tables = GuestTables(mmu)
+        self.unsync = Unsync(mmu, self.pages, self.tables, protect)
+        self.faults = ShadowFaults(mmu, self.pages, self.tables, self.unsync, self.limit)
+        self.writes = GuestWrites(mmu, self.pages, self.tables)
+        self.split = ShadowSplit(mmu, self.rmap, self.pages, self.limit)
+        self.held_roots: list[tuple[HoldsRoots, Any]] = []  # (guest, vCPU) for each root of a shadowed guest in use
 
     def _write(self) -> AbstractContextManager[bool]:
         return nullcontext(False) if self.mmu.lock.writer else self.mmu.lock.write()
@@ -50,43 +67,23 @@ class ShadowMmu:
         """No rmap exists, so there is nothing to do (kvm_memslots_have_rmaps)."""
         return not self.direct and not len(self.rmap)
 
+    def split_slot(self, slot: Memslot, start: int, end: int) -> None:
+        """Eager splitting of nested guests' huge pages over gfns [start, end)."""
+        if self._idle() or not self.mmu.vintage.nested_eager_split:
+            return
+        with self._write():
+            self.split.split_range(slot, start, end, PG_LEVEL_4K)
+
     # -- faults --------------------------------------------------------------------------------------------------------
 
     def map(self, root: Root, fault: PageFault) -> RetPf:
         """direct_map: the TDP MMU's walk under the exclusive lock, then up to seven neighbours in advance."""
+        self.limit.make_available()
         result = tdp_mmu_map(self.mmu, root, fault)
         self.mmu.vm.meter.count("rmap_add")
-        if result == RetPf.FIXED and fault.goal_level == PG_LEVEL_4K and not fault.prefetch:
-            self.prefetch(root, fault)
+        if result not in (RetPf.SPURIOUS, RetPf.RETRY) and fault.goal_level == PG_LEVEL_4K and not fault.prefetch:
+            prefetch(self.mmu, root, fault, self._set)
         return result
-
-    def prefetch(self, root: Root, fault: PageFault) -> None:
-        """Map the aligned group of 8 pages around a 4K fault, old and without being asked (direct_pte_prefetch).
-
-        Not without A bits (a prefetched page could not be told from a used one), not in a logged slot.
-        """
-        slot = fault.slot
-        if slot is None or slot.logging or not self.mmu.ad_enabled or self.mmu.invalidate.in_progress:
-            return
-        first = fault.gfn & -PTE_PREFETCH
-        for gfn in range(max(first, slot.base_gfn), min(first + PTE_PREFETCH, slot.end_gfn)):
-            at, spte, level = list(root.walk(gfn))[-1]
-            page = self.mmu.vm.host.get_user_page(slot.hva(gfn))
-            if level == PG_LEVEL_4K and spte == self.mmu.fmt.nonpresent and not hasattr(page, "value"):
-                self._prefetch_one(root, slot, gfn, at)
-
-    def _prefetch_one(self, root: Root, slot: Memslot, gfn: int, at: Sptep) -> None:
-        host, hva = self.mmu.vm.host, slot.hva(gfn)
-        made = make_spte(
-            self.mmu.fmt, gfn=gfn, pfn=host.pfn(hva), level=PG_LEVEL_4K, access=ACC_ALL,
-            host_writable=host.writable(hva) and not slot.readonly, ad_type=root.ad_type, prefetch=True,
-            write_tracked=self.mmu.is_write_tracked(slot, gfn),
-        )  # fmt: skip
-        self._set(RmapEntry(root, at), gfn, PG_LEVEL_4K, made.spte)
-
-    def mark_writable(self, fault: PageFault, spte: int, level: int) -> None:
-        """A leaf with W was made for a nested guest: its L1 page is dirty."""
-        mark_made_writable(self.mmu, fault, spte, level)
 
     # -- one SPTE ------------------------------------------------------------------------------------------------------
 
@@ -258,7 +255,9 @@ class ShadowMmu:
             self.mmu.roots.put(root)
 
     def destroy(self) -> None:
-        """Zap everything that is left."""
+        """Let every root go and zap everything that is left."""
+        for guest, vcpu in list(self.held_roots):
+            guest.unload(vcpu)
         with self.mmu.lock.write():
             self.pages.zap_all()
             if self.direct:
@@ -317,5 +316,3 @@ class ShadowMmu:
                     self._set(entry, gfn, PG_LEVEL_4K, change_pfn(self.mmu.fmt, old, pfn))
         return hit
 
-
-assert ENTRIES % PTE_PREFETCH == 0

@@ -10,7 +10,7 @@ Bit positions: Linux 6.13 and 5.10, arch/x86/kvm/mmu/spte.{h,c}. Making SPTEs is
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from migsim.units import LEVEL_BITS, PAGE_SHIFT, pages_per_level
@@ -38,6 +38,7 @@ SUPPRESS_VE: Final = 1 << 63
 EPT_WB_IPAT: Final = 6 << 3 | 1 << 6  # write-back, ignore guest PAT: no device assigned without snooping
 FROZEN_PATTERN: Final = 0x5A0
 MMIO_RESERVED_BIT: Final = 1 << 51
+RSVD_MASK_LEN: Final = 5  # SHADOW_NONPRESENT_OR_RSVD_MASK_LEN
 
 
 class AdType(enum.IntEnum):
@@ -74,6 +75,7 @@ class SpteFormat:
     mmio_mask: int
     mmio_access: int
     software_ad: bool
+    rsvd_mask: int = 0  # high address bits set in every MMIO SPTE against L1TF (shadow_nonpresent_or_rsvd_mask)
 
     @property
     def frozen(self) -> int:
@@ -231,18 +233,29 @@ def _legacy(name: str, *, vintage_5_10: bool, mmio_caching: bool) -> SpteFormat:
     )
 
 
-def spte_format(vendor: str, *, vintage_5_10: bool, ad_bits: bool = True, mmio_caching: bool = True) -> SpteFormat:
+def l1tf_mask(cache_bits: int) -> int:
+    """The top 5 of the address bits the L1 cache uses; a CPU that uses 47 or more is taken to be safe."""
+    if cache_bits >= 52 - RSVD_MASK_LEN:
+        return 0
+    return (1 << cache_bits) - (1 << cache_bits - RSVD_MASK_LEN)
+
+
+def spte_format(
+    vendor: str, *, vintage_5_10: bool, ad_bits: bool = True, mmio_caching: bool = True, rsvd_mask: int = 0
+) -> SpteFormat:
     """The format a VM uses, chosen once at its creation.
 
     vendor: "intel" (EPT) or "amd" (NPT). `ad_bits`: EPT A/D bits exist (NPT always has them). `mmio_caching`: for NPT
-    only possible while bit 51 is reserved, that is MAXPHYADDR < 52; the caller decides.
+    only possible while bit 51 is reserved, that is MAXPHYADDR < 52; the caller decides. `rsvd_mask`: of l1tf_mask.
     """
     era = "5.10" if vintage_5_10 else "6.13"
     if vendor == "intel":
-        return _ept(f"ept-{era}", vintage_5_10=vintage_5_10, ad_bits=ad_bits)
-    if vendor == "amd":
-        return _legacy(f"legacy-{era}", vintage_5_10=vintage_5_10, mmio_caching=mmio_caching)
-    raise ValueError(f"vendor {vendor!r} is neither intel nor amd")
+        found = _ept(f"ept-{era}", vintage_5_10=vintage_5_10, ad_bits=ad_bits)
+    elif vendor == "amd":
+        found = _legacy(f"legacy-{era}", vintage_5_10=vintage_5_10, mmio_caching=mmio_caching)
+    else:
+        raise ValueError(f"vendor {vendor!r} is neither intel nor amd")
+    return replace(found, rsvd_mask=rsvd_mask)
 
 
 EPT: Final = spte_format("intel", vintage_5_10=False)

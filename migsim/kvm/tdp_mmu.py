@@ -62,8 +62,9 @@ def _make_way(mmu: MmuState, fault: PageFault, it: TdpIter) -> bool:
     else:
         linked = link_table(mmu, it)
     if linked and fault.huge_page_disallowed and fault.req_level >= it.level:
-        mmu.nx.add(it.root, mmu.fmt.pfn(it.old_spte))
-        mmu.stats.add("nx_lpage_splits")
+        with mmu.tdp_mmu_pages_lock:
+            mmu.nx.add(it.root, mmu.fmt.pfn(it.old_spte))
+            mmu.stats.add("nx_lpage_splits")
     return linked
 
 
@@ -73,9 +74,18 @@ def link_table(mmu: MmuState, it: TdpIter) -> bool:
     table = root.alloc_table(it.level - 1, it.gfn)
     mmu.vm.meter.count("table_alloc")
     if set_spte_atomic(mmu, it, make_nonleaf_spte(mmu.fmt, table, root.ad_type)):
+        list_table(mmu, root, table, it.gfn)
         return True
     root.free_table(table)
     return False
+
+
+def list_table(mmu: MmuState, root: Root, table: int, gfn: int) -> None:
+    """A table has been linked: it goes on the VM's list, as long as there was one (until Linux 6.1)."""
+    mmu.vm.trace("kvm_mmu_get_page", gfn=gfn, level=root.level_of(table), created=True)
+    if mmu.vintage.pages_list:
+        with mmu.tdp_mmu_pages_lock:
+            pass
 
 
 def split_huge_page(mmu: MmuState, it: TdpIter) -> bool:
@@ -95,6 +105,7 @@ def split_huge_page(mmu: MmuState, it: TdpIter) -> bool:
     if not set_spte_atomic(mmu, it, make_nonleaf_spte(mmu.fmt, table, root.ad_type), publish=fill):
         root.free_table(table)
         return False
+    list_table(mmu, root, table, it.gfn)
     mmu.vm.trace("kvm_mmu_split_huge_page", gfn=it.gfn, spte=huge, level=level, errno=0)
     mmu.vm.meter.count("huge_page_split")
     mmu.stats.update_page_stats(level - 1, ENTRIES)
@@ -112,7 +123,7 @@ def map_target_level(mmu: MmuState, fault: PageFault, it: TdpIter) -> RetPf:
         generation = mmu.vm.memslots(it.root.as_id).generation
         new = make_mmio_spte(fmt, generation=generation, gfn=fault.gfn)
     else:
-        new, wrprot = make_fault_spte(mmu, it.root, fault, it.level)
+        new, wrprot = make_fault_spte(mmu, it.root, fault, it.level, old)
         if mmu.vintage.marks_before_install:  # a lost race then leaves one page too many in the log, never one too few
             mark_made_writable(mmu, fault, new, it.level)
     result = RetPf.FIXED
@@ -140,9 +151,12 @@ def _needs_flush(mmu: MmuState, old: int, new: int, level: int) -> bool:
     return mmu.fmt.is_mmu_writable(old) and not mmu.fmt.is_mmu_writable(new)
 
 
-def make_fault_spte(mmu: MmuState, root: Root, fault: PageFault, level: int) -> tuple[int, bool]:
-    """make_spte with a fault's inputs: (SPTE, wrprot)."""
+def make_fault_spte(mmu: MmuState, root: Root, fault: PageFault, level: int, old: int) -> tuple[int, bool]:
+    """make_spte with a fault's inputs: (SPTE, wrprot). What has W already has asked the shadow pages before."""
     assert fault.slot is not None
+    fmt = mmu.fmt
+    had_w = fmt.is_present(old) and fmt.is_leaf(old, level) and fmt.is_writable(old)
+    asks = fault.host_writable and not had_w
     made = make_spte(
         mmu.fmt,
         gfn=fault.gfn & -pages_per_level(level),
@@ -152,7 +166,7 @@ def make_fault_spte(mmu: MmuState, root: Root, fault: PageFault, level: int) -> 
         host_writable=fault.host_writable,
         ad_type=root.ad_type,
         prefetch=fault.prefetch,
-        write_tracked=mmu.is_write_tracked(fault.slot, fault.gfn),
+        write_tracked=asks and mmu.refuses_write(fault.slot, fault.gfn, prefetch=fault.prefetch),
         nx_huge_pages=mmu.nx_huge_pages,
     )
     return made.spte, made.wrprot

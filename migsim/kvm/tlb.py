@@ -16,7 +16,8 @@ from migsim.units import pages_per_level
 class Translation:
     """Guest frames [gfn, gfn + pages of `level`) are host frames from `pfn` on.
 
-    `writable`: stores are allowed. `dirty`: a store need not walk to set D (also where the SPTE has no D).
+    `writable`: stores are allowed. `dirty`: a store need not walk to set D (also where the SPTE has no D). `of_l1`: the
+    guest frame of L1 behind the first one, where L2 runs on shadow pages; L1's tables may name another one by now.
     """
 
     gfn: int
@@ -24,6 +25,11 @@ class Translation:
     pfn: int
     writable: bool
     dirty: bool
+    of_l1: int = -1
+
+    def l1_gfn_of(self, gfn: int) -> int:
+        """The frame of L1's memory a store to one guest frame inside reaches."""
+        return gfn if self.of_l1 < 0 else self.of_l1 + gfn - self.gfn
 
     def pfn_of(self, gfn: int) -> int:
         """Host frame of one guest frame inside."""

@@ -7,13 +7,15 @@ what was asked of this vCPU and enters the guest again. A hit in 1 is silent: th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from errno import EINVAL
 from typing import TYPE_CHECKING, Final
 
 from migsim.kvm.dirty_ring import DirtyRing, RingView
 from migsim.kvm.emulator import Emulator
 from migsim.kvm.exits import Exit, GuestLivelock, Op, StopRun, check_ops
+from migsim.kvm.mmio import MmioCache
 from migsim.kvm.mmu_lock import WouldBlock
 from migsim.kvm.pml import PmlBuffer
 from migsim.kvm.tdp_mmu import RetPf
@@ -50,6 +52,7 @@ class Vcpu:
         self.root: Root | None = None
         self._root_mode = (False, False)
         self.tlb = Tlb()
+        self.mmio = MmioCache()
         self.pml = PmlBuffer(newest_first=vm.config.mmu == "tdp-5.10")
         self.dirty_ring = ring
         self._ring_view = RingView(ring.entries) if ring is not None else None
@@ -128,32 +131,43 @@ class Vcpu:
         """The root for the vCPU's present role; a root that was invalidated is left, and its translations with it."""
         mode = self.smm, self.guest_mode
         if self.root is None or self.root.invalid or mode != self._root_mode:
-            self.root, self._root_mode = self.vm.mmu.root_of(self), mode
+            with self.may_block():
+                self.root, self._root_mode = self.vm.mmu.root_of(self), mode
             self.tlb.flush()
         return self.root
+
+    @contextmanager
+    def may_block(self) -> Iterator[None]:
+        """Inside, KVM may have to wait for mmu_lock: a vCPU that a test interleaves leaves KVM_RUN instead."""
+        try:
+            yield
+        except WouldBlock:
+            if not self.vm.interleaved:
+                raise
+            raise StopRun(KVM_EXIT_INTR) from None
 
     # -- the CPU -----------------------------------------------------------------------------------------------------
 
     def execute(self, op: Op) -> int | None:
         """One operation on the CPU; the value if it loads."""
         kind, gpa, value = op
-        pfn = self.translate(gpa, write=kind != "r")
-        offset = gpa % PAGE_SIZE
-        if pfn is None:
+        found = self.translate(gpa, write=kind != "r")
+        gfn, offset = gpa >> PAGE_SHIFT, gpa % PAGE_SIZE
+        if found is None:
             return self.emulator.emulate((kind, self.l1_gpa(gpa), value))
-        memory = self.vm.memory
+        memory, pfn = self.vm.memory, found.pfn_of(gfn)
         if kind == "r":
             return memory.load(pfn, offset)
         memory.store(pfn, offset, value if kind == "w" else memory.load(pfn, offset) + value & _U32)
-        self.vm.stored(self, self.l1_gpa(gpa) >> PAGE_SHIFT)
+        self.vm.stored(self, found.l1_gfn_of(gfn))
         return None
 
-    def translate(self, gpa: int, *, write: bool) -> int | None:
-        """Host frame for an access, faulting until there is one; None: KVM must emulate the instruction."""
+    def translate(self, gpa: int, *, write: bool) -> Translation | None:
+        """What an access goes through, faulting until there is one; None: KVM must emulate the instruction."""
         for _ in range(FAULTS_MAX):
-            pfn = self.cpu_access(gpa, write)
-            if pfn is not None:
-                return pfn
+            found = self.cpu_access(gpa, write)
+            if found is not None:
+                return found
             result = self.fault(gpa, write)
             if result in (RetPf.EMULATE, RetPf.WRITE_PROTECTED):
                 return None
@@ -162,15 +176,18 @@ class Vcpu:
             raise StopRun(KVM_EXIT_INTR)
         raise GuestLivelock(f"vCPU {self.id}: access to gpa {gpa:#x} (write={write}) faulted {FAULTS_MAX} times")
 
-    def cpu_access(self, gpa: int, write: bool) -> int | None:
-        """Steps 1 and 2: the host frame, or None: the access faults."""
+    def cpu_access(self, gpa: int, write: bool) -> Translation | None:
+        """Steps 1 and 2: the translation used, or None: the access faults."""
         gfn, root = gpa >> PAGE_SHIFT, self.load_root()
+        if self.l2 is not None:
+            with self.may_block():
+                self.l2.load(self)
         cached = self.tlb.lookup(self.l2 or root, gfn)
         if cached is not None and (not write or cached.silent_store):
-            return cached.pfn_of(gfn)
+            return cached
         return self.page_walk(root, gpa, write) if self.l2 is None else self.page_walk_l2(self.l2, gfn, write)
 
-    def page_walk(self, root: Root, gpa: int, write: bool) -> int | None:
+    def page_walk(self, root: Root, gpa: int, write: bool) -> Translation | None:
         """The CPU's walk: permission first, then A, then for a store D with its PML entry; then the TLB is filled."""
         gfn, fmt = gpa >> PAGE_SHIFT, self.vm.mmu.fmt
         spte, level = self.vm.mmu.walk(root, gfn)
@@ -189,9 +206,9 @@ class Vcpu:
         base = gfn & -(1 << 9 * (level - 1))
         found = Translation(base, level, fmt.pfn(spte), fmt.is_writable(spte), dirty)
         self.remember(root, found)
-        return found.pfn_of(gfn)
+        return found
 
-    def page_walk_l2(self, l2: NestedGuest, gfn: int, write: bool) -> int | None:
+    def page_walk_l2(self, l2: NestedGuest, gfn: int, write: bool) -> Translation | None:
         """The walk of the shadow pages of L2. Stores are found by W there: D is of no use, nor is PML."""
         fmt = self.vm.mmu.fmt
         spte, level = l2.walk(gfn)
@@ -199,9 +216,11 @@ class Vcpu:
             self.tlb.invalidate(l2, gfn)
             return None
         base = gfn & -(1 << 9 * (level - 1))
-        found = Translation(base, level, fmt.pfn(spte), fmt.is_writable(spte), dirty=True)
+        of_l1 = l2.mapped_gfn(base)
+        assert of_l1 is not None, f"L2 gfn {gfn:#x}: SPTE {spte:#x} leads to no frame of L1"
+        found = Translation(base, level, fmt.pfn(spte), fmt.is_writable(spte), dirty=True, of_l1=of_l1)
         self.remember(l2, found)
-        return found.pfn_of(gfn)
+        return found
 
     def remember(self, tag: object, found: Translation) -> None:
         """Fill the TLB; from here on this vCPU is among those a flush must reach."""
@@ -209,7 +228,7 @@ class Vcpu:
         self.vm.translating[self] = None
 
     def l1_gpa(self, gpa: int) -> int:
-        """Where an access of the running guest lies in L1's memory."""
+        """Where an access that KVM emulates lies in L1's memory: L1's tables are walked anew for it."""
         walked = self.l2.walk_guest(gpa >> PAGE_SHIFT) if self.l2 is not None else None
         if walked is None:
             return gpa
@@ -237,20 +256,13 @@ class Vcpu:
     def fault(self, gpa: int, write: bool) -> RetPf:
         """Step 3: exit, drain, handle. Raises OSError EFAULT if the host has no page there."""
         self.exit_guest()
-        try:
+        with self.may_block():
             if self.l2 is None:
-                result = self.vm.mmu.page_fault(self, gpa, write=write)
-                if result == RetPf.EMULATE and self.emulator.is_mmio(gpa >> PAGE_SHIFT):
-                    self.emulator.cache_mmio_info(gpa >> PAGE_SHIFT)
-                return result
+                return self.vm.mmu.page_fault(self, gpa, write=write)
             result = self.l2.page_fault(self, gpa >> PAGE_SHIFT, write=write)
-            if result == RetPf.INVALID:  # L1's tables forbid it: L1's fault, and there is no L1 code to take it
-                raise StopRun(KVM_EXIT_SHUTDOWN)
-            return result
-        except WouldBlock:
-            if not self.vm.interleaved:
-                raise
-            raise StopRun(KVM_EXIT_INTR) from None
+        if result == RetPf.INVALID:  # L1's tables forbid it: L1's fault, and there is no L1 code to take it
+            raise StopRun(KVM_EXIT_SHUTDOWN)
+        return result
 
     def flush_pml_buffer(self) -> None:
         """vmx_flush_pml_buffer: mark every logged page, oldest first, and empty the buffer. Not while L2 runs."""
@@ -282,6 +294,13 @@ class Vcpu:
         """
         self.flush_pml_buffer()
         self.guest_mode, self.l2 = True, l2
+
+    def set_paging(self, tables: NestedGuest | None) -> None:
+        """CR0.PG and CR3 where there is no TDP: from now on addresses are virtual, of `tables`; None: paging off."""
+        assert not self.vm.config.tdp, "with TDP the guest's own tables are nobody's business"
+        self.l2 = tables
+        self.mmio.clear()
+        self.tlb.flush()
 
     def leave_guest_mode(self) -> None:
         """A nested VM exit: back to L1, whose dirty logging controls may have to be updated."""

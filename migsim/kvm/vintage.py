@@ -18,7 +18,8 @@ class Vintage:
 
     format_5_10: SPTE software bits at 10 and 11, non-present is 0. shared_lock: rwlock, faults and slot-wide walks
     take it for read (5.12). fast_page_fault: lockless repair (TDP: 5.15). fast_zap: zap-all by invalidating roots
-    (5.13). eager_split: huge pages split when logging is enabled or cleared (5.18). splits_on_fault: a huge page in
+    (5.13). eager_split: huge pages split when logging is enabled or cleared (5.18); nested_eager_split: those of nested
+    guests too (6.0, ada51a9d). splits_on_fault: a huge page in
     the way is split with its 512 translations, not zapped to an empty table (6.2). marks_before_install: a page is
     marked while its SPTE is made, no longer by the change handler after the store. age_clears_dirty, changed_pte
     (until 6.10), protects_huge_at_enable (INITIALLY_SET, 5.7 to 5.10), zaps_tables (range zaps take whole tables
@@ -26,7 +27,9 @@ class Vintage:
     3eda3381), then leaf by leaf, then tables (5ba7c4c6), then in-place recovery (6.13). nx_skips_logged: NX recovery
     leaves tables of logged slots (eb298605). write_protected: RET_PF_WRITE_PROTECTED exists (6.12). lockless_aging:
     aging needs RCU alone, or the rmap head's lock bit (6.14). nx_read_lock: NX recovery of the TDP MMU holds mmu_lock
-    for read (6.18, a5775090), before for write.
+    for read (6.18, a5775090), before for write. root_read_lock: roots are allocated and freed under the read lock and
+    tdp_mmu_pages_lock (6.9). pages_list: every table of the TDP MMU is on a list, so that linking and unlinking one
+    takes tdp_mmu_pages_lock (5.12 to 6.1; d25ceb92 counts them instead).
     tdp: the TDP MMU serves direct roots; else the shadow MMU does.
     """
 
@@ -37,6 +40,7 @@ class Vintage:
     fast_page_fault: bool = True
     fast_zap: bool = True
     eager_split: bool = True
+    nested_eager_split: bool = True
     splits_on_fault: bool = True
     marks_before_install: bool = True
     age_clears_dirty: bool = False
@@ -48,12 +52,15 @@ class Vintage:
     write_protected: bool = True
     lockless_aging: bool = True
     nx_read_lock: bool = True
+    root_read_lock: bool = True
+    pages_list: bool = False
 
 
 TDP: Final = Vintage("tdp")
 TDP_6_8: Final = replace(TDP, name="tdp-6.8", disable="zap-tables", write_protected=False,
-                          changed_pte=True, lockless_aging=False, nx_read_lock=False)  # fmt: skip
-TDP_5_19: Final = replace(TDP_6_8, name="tdp-5.19", splits_on_fault=False, nx_skips_logged=False)
+                          changed_pte=True, lockless_aging=False, nx_read_lock=False, root_read_lock=False)  # fmt: skip
+TDP_5_19: Final = replace(TDP_6_8, name="tdp-5.19", splits_on_fault=False, nx_skips_logged=False,
+                           nested_eager_split=False, pages_list=True)  # fmt: skip
 TDP_5_15: Final = replace(TDP_5_19, name="tdp-5.15", eager_split=False, disable="zap-leafs")
 TDP_5_10: Final = Vintage(
     "tdp-5.10",
@@ -62,6 +69,7 @@ TDP_5_10: Final = Vintage(
     fast_page_fault=False,
     fast_zap=False,
     eager_split=False,
+    nested_eager_split=False,
     splits_on_fault=False,
     marks_before_install=False,
     age_clears_dirty=True,
@@ -73,9 +81,10 @@ TDP_5_10: Final = Vintage(
     write_protected=False,
     lockless_aging=False,
     nx_read_lock=False,
+    root_read_lock=False,
 )
 SHADOW: Final = replace(
-    TDP, name="shadow", tdp=False, shared_lock=False, eager_split=False, splits_on_fault=False, disable="zap-leafs",
-    nx_read_lock=False,
+    TDP, name="shadow", tdp=False, shared_lock=False, eager_split=False, nested_eager_split=False,
+    splits_on_fault=False, disable="zap-leafs", nx_read_lock=False, root_read_lock=False,
 )  # fmt: skip
 VINTAGES: Final = {row.name: row for row in (SHADOW, TDP_5_10, TDP_5_15, TDP_5_19, TDP_6_8, TDP)}

@@ -20,6 +20,7 @@ METERED: Final[Mapping[str, tuple[str, ...]]] = {
     "huge_page_split": ("split-table",),
     "mmu_lock_read": ("tdp-fault-lock",),
     "mmu_lock_write": ("tdp-fault-lock",),
+    "mmu_unsync_pages_lock": ("tdp-fault-lock",),  # assumed: one uncontended atomic, as mmu_lock's
     "pml_logged": ("pml-entry",),
     "remote_tlb_flush": ("tlb-flush",),
     "rmap_add": ("rmap-slot-change",),
@@ -27,6 +28,7 @@ METERED: Final[Mapping[str, tuple[str, ...]]] = {
     "spte_cmpxchg": ("spte-clear-dirty",),
     "spte_cmpxchg_failed": ("spte-clear-dirty",),
     "table_alloc": ("table-alloc",),
+    "tdp_mmu_pages_lock": ("tdp-fault-lock",),  # assumed likewise
     "zap_batches": ("tlb-flush",),
 }
 

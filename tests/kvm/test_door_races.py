@@ -84,6 +84,7 @@ def test_a_vcpu_that_would_wait_for_the_lock_comes_back_and_one_on_the_fast_path
     vm, first, other = guest(CONFIGS["wrprot"])
     with vm:
         store(first, 3)
+        other.run([])  # its root is loaded: that would have to wait as well
         exits = once(vm, "log: protected", lambda: other.run([("w", GPA + 3 * PAGE, 9), ("w", GPA + 50 * PAGE, 9)]))
         assert get(vm) == {3}
         vm.race_hook = None

@@ -113,7 +113,7 @@ def test_no_entry_of_a_dying_table_can_be_installed_into_at_any_moment(mmu_guest
     inside = [list(guest.root.walk(gfn))[-1][0] for gfn in (5, 6, 7)]
     seen: set[int] = set()
     guest.vm.trace_sink = lambda name, fields: (
-        seen.update(guest.root.read(at) for at in inside) if fields.get("level") == 1 else None
+        seen.update(guest.root.read(at) for at in inside) if "new_spte" in fields and fields["level"] == 1 else None
     )
     with guest.mmu.lock.read() if shared else guest.mmu.lock.write(), state.rcu.read():
         for it in for_each_tdp_pte(guest.root, 5, 6, 2):

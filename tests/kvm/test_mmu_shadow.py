@@ -164,25 +164,28 @@ def test_l2_runs_on_shadow_pages_beside_whatever_serves_l1(mmu_guest, mmu: str) 
     guest = mmu_guest(replace(SHADOW_VM, mmu=mmu), level=1)
     l2 = nested(guest)
     assert l2.access(guest.vcpu, 3 * PAGE, write=True) == guest.vm.host.pfn(guest.hva + (DATA + 3) * PAGE)
-    assert l2.access(guest.vcpu, 100 * PAGE, write=False) is None and guest.vm.stats.pf_guest == 1
+    assert l2.access(guest.vcpu, 100 * PAGE, write=False) is None
+    assert guest.vm.stats.pf_guest == 0, "an EPT violation for L1 is no #PF"
     assert len(guest.mmu.shadow.pages) == 4 and guest.mmu.rmap_bytes() > 0
     guest.close()
 
 
 @ROWS
-def test_l1_tables_that_are_shadowed_are_write_protected_and_a_store_zaps_the_entry(mmu_guest, mmu: str) -> None:
+def test_upper_tables_of_l1_are_write_tracked_and_a_store_to_one_is_emulated_and_zaps_the_entry(
+    mmu_guest, mmu: str
+) -> None:
     guest = mmu_guest(replace(SHADOW_VM, mmu=mmu), level=1)
     l2 = nested(guest)
     l2.access(guest.vcpu, 3 * PAGE, write=True)
     fmt = guest.mmu.fmt
     for table in (ROOT, L3, L2, L1):
-        assert guest.mmu.state.is_write_tracked(guest.slot, table)
+        assert guest.mmu.state.is_write_tracked(guest.slot, table) == (table != L1)
         assert not guest.mmu.fmt.is_mmu_writable(guest.spte(table)[0])
     emulated = guest.vm.stats.insn_emulation
-    l2.write_entry(guest.vcpu, L1, 3, GuestPte(DATA + 9))
-    assert guest.vm.stats.insn_emulation == emulated + 1 and guest.vm.stats.mmu_pte_write == 1
-    assert not fmt.is_present(l2.walk(3)[0])
-    assert l2.access(guest.vcpu, 3 * PAGE, write=False) == guest.vm.host.pfn(guest.hva + (DATA + 9) * PAGE)
+    l2.write_entry(guest.vcpu, L2, 0, GuestPte(L1 + 1))
+    assert guest.vm.stats.insn_emulation == emulated + 1
+    assert guest.vm.stats.mmu_pte_write == 1 and guest.vm.stats.mmu_pde_zapped == 1
+    assert not fmt.is_present(l2.walk(3)[0]) and l2.walk(3)[1] == 2
     guest.close()
 
 
@@ -204,8 +207,7 @@ def test_dirty_pages_of_l2_are_charged_to_the_l1_frame(mmu_guest, mmu: str, pml:
     for alias in (0, 512):
         l2.access(guest.vcpu, alias * PAGE, write=True)
         assert guest.get() & {DATA} == {DATA}, "each alias has an SPTE of its own, and each was protected"
-    expected = AdType.WRPROT_ONLY if pml else AdType.ENABLED
-    assert guest.mmu.fmt.ad_type(l2.walk(0)[0]) == expected
+    assert guest.mmu.fmt.ad_type(l2.walk(0)[0]) == AdType.DISABLED, "where L1's EPT has no A/D bits, nor has KVM's"
     guest.close()
 
 
@@ -220,6 +222,23 @@ def test_with_guest_d_bits_a_read_leaves_the_page_clean(mmu_guest, mmu: str) -> 
     l2.access(guest.vcpu, 0, write=True)
     assert guest.get() >= {DATA, L1}, "setting D in L1's entry is a store to L1's table"
     assert l2.entries[L1, 0].dirty
+    l2.access(guest.vcpu, PAGE, write=False)
+    assert guest.get() >= {L1} and l2.entries[L1, 1].accessed, "so is setting A, which a load does"
+    guest.close()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "pml", "ad_bits", "expected"),
+    [
+        ("intel", True, True, AdType.WRPROT_ONLY), ("intel", False, True, AdType.ENABLED),
+        ("intel", True, False, AdType.DISABLED), ("amd", False, False, AdType.ENABLED),
+    ],
+)  # fmt: skip
+def test_how_l2s_leaves_are_logged_follows_from_l1s_ept_and_pml(mmu_guest, vendor, pml, ad_bits, expected) -> None:
+    guest = mmu_guest(VmConfig(smm=False, vendor=vendor, pml=pml), level=1)
+    l2 = nested(guest, ad_bits=ad_bits)
+    l2.access(guest.vcpu, 0, write=True)
+    assert guest.mmu.fmt.ad_type(l2.walk(0)[0]) == expected
     guest.close()
 
 
@@ -241,7 +260,10 @@ def test_every_operation_acts_on_both_mmus(mmu_guest, mmu: str) -> None:
     assert not fmt.is_present(guest.spte(DATA)[0]) and not fmt.is_present(l2.walk(0)[0])
     l2.access(guest.vcpu, 0, write=True)
     guest.mmu.zap_all_fast()
-    assert len(guest.mmu.shadow.pages) == 0 and guest.counts() == (0, 0, 0)
+    assert list(guest.mmu.shadow.pages) == [] and guest.counts() == (0, 0, 0)
+    assert len(guest.mmu.shadow.pages) == 1, "a root stays, invalid, until its vCPU loads another"
+    l2.access(guest.vcpu, 0, write=True)
+    assert len(guest.mmu.shadow.pages) == 4
     guest.close()
 
 

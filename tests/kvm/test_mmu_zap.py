@@ -102,6 +102,7 @@ def test_plain_stores_keep_bits_the_cpu_sets_meanwhile(mmu_guest) -> None:
     guest.vm.trace_sink = lambda _, fields: seen.append(fields["old_spte"])
     with guest.mmu.lock.write(), guest.mmu.state.rcu.read():
         set_spte(guest.mmu.state, it, guest.mmu.fmt.nonpresent)
+    guest.vm.trace_sink = None
     assert seen[0] & guest.mmu.fmt.dirty
     guest.vm.flush_remote_tlbs()
     guest.close()

@@ -51,17 +51,7 @@ def _(honest: Any) -> Any:
     return pre_destroy
 
 
-@without("4", "roots.RootList.get", "makes every vCPU a root of its own")
-def _(honest: Any) -> Any:
-    def get(roots: Any, *args: Any, **more: Any) -> Any:
-        others, roots._roots = roots._roots, []
-        root = honest(roots, *args, **more)
-        roots._roots = others + roots._roots
-        return root
-
-    return get
-
-
+gone("4", "roots.RootList.find", "makes every vCPU a root of its own")
 gone("4", "roots.RootList.put", "never gives a reference back")
 
 
@@ -177,12 +167,12 @@ without("18", "mmio.make_mmio_spte", "carries no generation",
 gone("18", "page_fault.handle_mmio_page_fault", "handles each access in full", answer=RetPf.INVALID)
 
 
-@without("19", "shadow_pages.ShadowPages.track_write", "counts no stores")
+@without("19", "guest_writes.GuestWrites.track_write", "counts no stores")
 def _(honest: Any) -> Any:
-    def track(pages: Any, as_id: int, gfn: int, entry: int) -> bool:
-        for page in pages:
+    def track(writes: Any, gpa: int, n_bytes: int) -> None:
+        for page in writes._pages:
             page.write_flooding = 0
-        return honest(pages, as_id, gfn, entry)
+        honest(writes, gpa, n_bytes)
 
     return track
 
