@@ -41,7 +41,7 @@ from migsim.fused_views import (
 from migsim.guest.memory import RamBlock
 from migsim.guest.workload import Workload
 from migsim.kvm.bulk import COUNTS_LEN, Leaves
-from migsim.migration.ram import BlockState, KvmSlot, Ram, Saved, SaveLimits
+from migsim.migration.ram import BlockState, KvmSlot, Ram, SaveCosts, Saved, SaveLimits
 from migsim.migration.ram_kernels import (
     DUPLICATE,
     ELAPSED_PS,
@@ -123,6 +123,9 @@ class FusedRam(Ram):
         self._kvm_slots, self._verify = kvm_slots, verify
         self._extents: list[list[Extent]] = []
         self._send_pages: Callable[..., tuple[int, int]] = send_pages
+        self._state = np.zeros(STATE_LEN, dtype=np.int64)  # of one call of save
+        self._counts = np.zeros(COUNTS_LEN, dtype=np.int64)  # of one call of the kernel that sends
+        self._costs_now: tuple[SaveCosts, Costs] | None = None
         self._open_chunks = {state.block.idstr: np.array([-1, 0]) for state in self.blocks}
         self.scratch = [(_buffer(), _buffer()[:SUMMARY_WORDS], _buffer()) for _ in range(threads)]
         self.lock = Lock()
@@ -166,11 +169,13 @@ class FusedRam(Ram):
                 close_chunk(extent.block)
 
     def costs_now(self) -> Costs:
-        """The kernels' form of the costs in force."""
+        """The kernels' form of the costs in force, made anew only when they have changed."""
         c = self.costs
-        return Costs(
-            c.normal_ps, c.zero_ps, c.word_ps, c.clear_ps, c.clear_page_ps, c.normal_bytes, c.zero_bytes
-        )
+        if self._costs_now is None or self._costs_now[0] is not c:
+            self._costs_now = c, Costs(
+                c.normal_ps, c.zero_ps, c.word_ps, c.clear_ps, c.clear_page_ps, c.normal_bytes, c.zero_bytes
+            )
+        return self._costs_now[1]
 
     # -- sync --------------------------------------------------------------------------------------------------------
 
@@ -243,19 +248,31 @@ class FusedRam(Ram):
 
     def save(self, limits: SaveLimits) -> Saved:
         """As Ram.save."""
-        state, start = np.zeros(STATE_LEN, dtype=np.int64), self.call_ns()
+        state, start = self._state, self.call_ns()
+        state.fill(0)
         why = END_OF_SPAN
         while self.dirty_pages and why == END_OF_SPAN:
-            extent = next((e for e in self.extents[self.block_index] if e.first <= self.page < e.end), None)
-            before = state[NORMAL] + state[DUPLICATE]
-            first = -1 if extent is None else self._dirty_from_here(extent)
-            if first >= 0 and not must_stop(state, limits.bytes, limits.ps):
-                self.name_block(state, first)
-            why = self._send_plain(state, limits) if extent is None else self._send(extent, limits, start, state)
-            self.dirty_pages -= int(state[NORMAL] + state[DUPLICATE] - before) if extent is not None else 0
+            extent = self._extent_here()
+            if extent is None:
+                why = self._send_plain(state, limits)
+            else:
+                first = self._dirty_from_here(extent)
+                if first >= 0 and not must_stop(state, limits.bytes, limits.ps):
+                    self.name_block(state, first)
+                before = int(state[NORMAL] + state[DUPLICATE])
+                why = self._send(extent, limits, start, state)
+                self.dirty_pages -= int(state[NORMAL] + state[DUPLICATE]) - before
             if self.page >= self.blocks[self.block_index].block.pages:
                 self.block_index, self.page = (self.block_index + 1) % len(self.blocks), 0
-        return Saved(int(state[NORMAL]), int(state[DUPLICATE]), int(state[USED]), int(state[ELAPSED_PS]), why)
+        sums = state.tolist()
+        return Saved(sums[NORMAL], sums[DUPLICATE], sums[USED], sums[ELAPSED_PS], why)
+
+    def _extent_here(self) -> Extent | None:
+        """Where the scan stands; None in a block that KVM does not log."""
+        for extent in self.extents[self.block_index]:
+            if extent.first <= self.page < extent.end:
+                return extent
+        return None
 
     def _dirty_from_here(self, extent: Extent) -> int:
         """The page this extent sends first, or -1; only where the block changes, for the name in the stream."""
@@ -265,19 +282,19 @@ class FusedRam(Ram):
         return next_dirty(here.bmap.words, here.bmap_summary, here.bmap.full, self.page, extent.end, 0, nothing)
 
     def _send(self, extent: Extent, limits: SaveLimits, start_ns: int, state: Ints) -> int:
-        counts, results = np.zeros(COUNTS_LEN, dtype=np.int64), _results()
+        counts, results, workload = self._counts, self.results, self.workload
         hits, summary, scratch = self.scratch[0]
         costs = self.costs_now()
         while True:
-            results[NOW_NS] = self.workload.now_ns
-            change = self.workload.next_change_ns()
+            results[NOW_NS] = workload.now_ns
+            change = workload.next_change_ns()
             page, why = self._send_pages(
                 self.page, extent.end, start_ns, NEVER_NS if change is None else change, limits.bytes, limits.ps,
                 self.streams, extent.slot, extent.block, costs, hits, summary, scratch, state, counts,
                 results,
             )  # fmt: skip
             self.page = int(page)
-            self.workload.now_ns = int(results[NOW_NS])
+            workload.now_ns = int(results[NOW_NS])
             if why == NEED_4K:
                 self._reach_4k(extent, self.page // CHUNK_PAGES)
             elif why == NEED_CLOCK:
@@ -288,8 +305,9 @@ class FusedRam(Ram):
                 break
         if self._send_pages is send_pages:
             self._send_pages = entry_of(send_pages)
-        results[NOW_NS] = 0
-        self._add(extent, counts, results)
+        extent.kvm.count(counts)
+        counts.fill(0)
+        self.rearmed_pages, self.clear_calls = int(results[REARMED_PAGES]), int(results[CLEAR_CALLS])
         return int(why)
 
     def _send_plain(self, state: Ints, limits: SaveLimits) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,8 +133,7 @@ class HostCosts:
         return Meters(loop, workload, ram, operations if self.kvm else None, get_slots)
 
 
-@dataclass(frozen=True)
-class _Snapshot:
+class _Snapshot(NamedTuple):
     """A moment: the write clocks, the duty, and (CLEAR calls, pages re-armed, splits)."""
 
     now_ns: int
@@ -185,7 +184,7 @@ class Meters:
         """The migration is over; the guest ran until `stopped_ns`. Closes the last round."""
         self._found = _found(rounds)
         end = self._snapshot(max(stopped_ns, self._last.now_ns))
-        self._look(replace(end, duty=self._last.duty))
+        self._look(end._replace(duty=self._last.duty))
         self._end_round()
 
     def row(self, sync: int) -> RoundRow:

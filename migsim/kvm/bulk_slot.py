@@ -327,22 +327,29 @@ class BulkSlot:
 
     def count(self, counts: NDArray[np.int64]) -> None:
         """Add what the kernels counted to KVM's statistics."""
-        stats, meter, vintage = self._vm.stats, self._vm.meter, self._mmu.vintage
-        fast, slow, taken = int(counts[PF_FAST]), int(counts[PF_FIXED]), int(counts[REARMED])
+        sums = counts.tolist()
+        if not any(sums):
+            return
+        meter, vintage, slow = self._vm.meter, self._mmu.vintage, sums[PF_FIXED]
+        if slow or sums[PF_FAST]:
+            self._count_faults(sums[PF_FAST], slow, sums[MAPPED])
+        meter.count("pml_logged", sums[PML_LOGGED])
+        meter.count("get_user_page", slow)
+        meter.count("mmu_lock_read" if vintage.shared_lock else "mmu_lock_write", slow)
+        meter.count("mmu_lock_write", sums[HOLDS])
+        self.flush(sums[FLUSHES])
+        if not vintage.tdp:
+            meter.count("rmap_add", slow)
+            meter.count("rmap_walk", sums[REARMED] + sums[WALKS])
+
+    def _count_faults(self, fast: int, slow: int, mapped: int) -> None:
+        stats = self._vm.stats
         stats.pf_taken += fast + slow
         stats.pf_fast += fast
         stats.pf_fixed += fast + slow
         stats.exits += fast + slow
-        stats.update_page_stats(PG_LEVEL_4K, int(counts[MAPPED]))
-        meter.count("fast_page_fault", fast)
-        meter.count("pml_logged", int(counts[PML_LOGGED]))
-        meter.count("get_user_page", slow)
-        meter.count("mmu_lock_read" if vintage.shared_lock else "mmu_lock_write", slow)
-        meter.count("mmu_lock_write", int(counts[HOLDS]))
-        self.flush(int(counts[FLUSHES]))
-        if not vintage.tdp:
-            meter.count("rmap_add", slow)
-            meter.count("rmap_walk", taken + int(counts[WALKS]))
+        stats.update_page_stats(PG_LEVEL_4K, mapped)
+        self._vm.meter.count("fast_page_fault", fast)
 
 
 def _regions_with(words: Words) -> Regions:

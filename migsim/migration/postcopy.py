@@ -131,7 +131,7 @@ def _push(loop: Precopy) -> None:
     """One turn of background pushes: paced by how fast the destination places pages, or by the limit."""
     pages = loop.ram.dirty_pages
     start = loop.now_ns
-    loop.save(SaveLimits(loop.quantum() - loop.window.bytes, MAX_WAIT_PS))
+    loop.save(SaveLimits(loop.quantum - loop.window.bytes, MAX_WAIT_PS))
     sent = pages - loop.ram.dirty_pages
     placed_ns = round(sent * loop.costs.postcopy_page_ns) - (loop.now_ns - start)
     if placed_ns > 0:

@@ -86,6 +86,7 @@ class Precopy:
     def __post_init__(self) -> None:
         self.stats = MigrationStats(self.ram.total_bytes, expected_downtime_ms=self.knobs.downtime_limit_ms)
         self.window = Window()
+        self._set_quantum()
         self.start_ms = 0
         self._last_sync_ms: int | None = None
         self.period_dirty = 0  # pages found dirty since the last evaluation
@@ -93,6 +94,7 @@ class Precopy:
         self._next_poll_ns = self.platform.poll_interval_ns
         self._next_limit_ns = 0
         self.limited: list[dict[str, int]] = []  # query-vcpu-dirty-limit at the end of dirty-limit's last period
+        self._first_deadline_ns = min([NO_LIMITS.ps, *self._deadlines()])
         self._timer: tuple[int, int] = (0, 0)  # 9.2's sync timer: due ns, dirty_sync_count at its last tick
 
     # -- the thread --------------------------------------------------------------------------------------------------
@@ -129,7 +131,8 @@ class Precopy:
         """migration_iteration_run: decide, or send for a while. True when the migration is over."""
         threshold, devices = self.stats.threshold_bytes, self.devices
         may_switch_over = devices.may_switch_over(self.now_ns, self.guest_stopped)
-        pending, staged = self.ram.dirty_pages * PAGE_SIZE + devices.pending, devices.pending
+        staged = devices.pending
+        pending = self.ram.dirty_pages * PAGE_SIZE + staged
         if pending < threshold:
             self.sync()  # the estimate says yes: make it exact
             if devices.devices:
@@ -142,7 +145,7 @@ class Precopy:
         if self.postcopy_asked and staged <= threshold and may_switch_over:
             postcopy.run(self)
             return True
-        saved = self.save(SaveLimits(self.quantum() - self.window.bytes, MAX_WAIT_PS))
+        saved = self.save(SaveLimits(self.quantum - self.window.bytes, MAX_WAIT_PS))
         if devices.devices:
             self._save_devices()
         if saved.elapsed_ps == 0:
@@ -162,12 +165,12 @@ class Precopy:
 
     def rate_exceeded(self) -> bool:
         """Are the window's bytes used up?"""
-        return self.window.bytes > self.quantum()
+        return self.window.bytes > self.quantum
 
-    def quantum(self) -> int:
-        """Bytes of a window under the limit in force."""
-        knobs = self.knobs
-        return quantum(knobs.max_postcopy_bandwidth if self.status == "postcopy-active" else knobs.max_bandwidth)
+    def _set_quantum(self) -> None:
+        """Bytes of a window under the limit in force, which status and knobs decide."""
+        knobs, after = self.knobs, self.status == "postcopy-active"
+        self.quantum = quantum(knobs.max_postcopy_bandwidth if after else knobs.max_bandwidth)
 
     def rate_limit(self) -> None:
         """migration_rate_limit: close the window once 100 ms are over, else wait for that if its bytes are used."""
@@ -197,6 +200,7 @@ class Precopy:
 
     def set_status(self, status: str) -> None:
         self.status = status
+        self._set_quantum()
         self.event("MIGRATION", status=status)
 
     def event(self, name: str, **data: object) -> None:
@@ -289,10 +293,10 @@ class Precopy:
         counted = (0 if last else EOS_BYTES) if self.knobs.compat == "7.2" else framing
         self._sent(saved.page_bytes + framing, counted=saved.page_bytes + counted, on_channels=saved.channel_bytes)
         self.window.pages += saved.normal + saved.duplicate + saved.packed
-        self.stats.normal_pages += saved.normal
-        self.stats.zero_pages += saved.duplicate
-        self.stats.extra |= self.ram.reply()
-        row = self.rounds[-1]
+        stats, row = self.stats, self.rounds[-1]
+        stats.normal_pages += saved.normal
+        stats.zero_pages += saved.duplicate
+        stats.extra |= self.ram.reply()
         row.sent_pages += saved.normal + saved.packed
         row.zero_pages += saved.duplicate
         self.pass_time(-(-saved.elapsed_ps // PS_PER_NS) + self.costs.section_ns)
@@ -331,11 +335,12 @@ class Precopy:
 
     def called_off(self) -> bool:
         """Has anybody sent migrate_cancel by now? Looked at between two windows and in every wait of pre-copy."""
-        for what, at in (("time-limit", self.limits.time_ns), ("cancel-after", self.limits.cancel_ns)):
-            if at is not None and self.now_ns >= at:
-                self.why = what
-        if self.link_failed():
-            self.why = LINK
+        if self.now_ns >= self._first_deadline_ns:
+            for what, at in (("time-limit", self.limits.time_ns), ("cancel-after", self.limits.cancel_ns)):
+                if at is not None and self.now_ns >= at:
+                    self.why = what
+            if self.link_failed():
+                self.why = LINK
         return bool(self.why)
 
     def link_failed(self) -> bool:
@@ -374,6 +379,7 @@ class Precopy:
         if isinstance(command, SetParameters):
             known = {_KNOBS[name]: value for name, value in command.parameters.items() if name in _KNOBS}
             self.knobs = replace(self.knobs, **known)  # type: ignore[arg-type]
+            self._set_quantum()
         elif isinstance(command, StartPostcopy):
             self.postcopy_asked = True
         elif isinstance(command, Cancel):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -79,8 +79,7 @@ class BlockState:
     slots: list[KvmSlot] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """What one call of ram_save_iterate did."""
 
     normal: int
@@ -92,8 +91,7 @@ class Saved:
     packed: int = 0  # pages of data that count as neither: deflated by a thread
 
 
-@dataclass(frozen=True)
-class SaveLimits:
+class SaveLimits(NamedTuple):
     """When to stop sending: before the next page once `bytes` are exceeded, or after `ps` (looked at each 64 pages)."""
 
     bytes: int
