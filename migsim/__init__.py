@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from migsim import kernel_cache
+
 if TYPE_CHECKING:
     from migsim.result import Result as Result
     from migsim.scenario import Scenario as Scenario
@@ -29,6 +31,9 @@ _HOME = {
     "calc_dirty_rate": "migsim.simulation",
     "run": "migsim.simulation",
 }
+
+
+kernel_cache.provide()
 
 
 def __getattr__(name: str) -> Any:

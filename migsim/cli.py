@@ -78,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _refused(error)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):  # numba's: there is not even a temporary folder
+            raise
+        say("migsim: no folder for the compiled kernels can be written; set NUMBA_CACHE_DIR to one that can")
+        return EXIT_BAD_INPUT
     return code if (problem := stdout_problem()) is None else _unwritable(problem)
 
 

@@ -6,12 +6,12 @@ import os
 import resource
 from pathlib import Path
 
+from migsim import kernel_cache
 from migsim.quantities import in_words
 from migsim.scenario import Scenario, ScenarioError
 
-__all__ = ["compiled", "free_memory", "refuse_unwritable", "require_memory"]
+__all__ = ["compile_notice", "free_memory", "refuse_unwritable", "require_memory"]
 
-_PACKAGE = Path(__file__).parents[1]
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -49,10 +49,13 @@ def free_memory() -> int:
     return free if group is None else min(free, group)
 
 
-def compiled() -> bool:
-    """Are there compiled kernels from an earlier run? Without them the first run compiles for some seconds."""
-    place = Path(os.environ.get("NUMBA_CACHE_DIR") or _PACKAGE)  # numba looks nowhere else
-    return os.environ.get("NUMBA_DISABLE_JIT") == "1" or any(place.rglob("*.nbi"))
+def compile_notice() -> str | None:
+    """What to say before a run that must compile the kernels first, for some seconds; None where they are compiled."""
+    if os.environ.get("NUMBA_DISABLE_JIT") == "1" or kernel_cache.filled():
+        return None
+    if kernel_cache.FOR_ONE_RUN in os.environ.get("NUMBA_CACHE_DIR", ""):
+        return "compiling the kernels, for this run alone: no folder for them can be written; NUMBA_CACHE_DIR names one"
+    return "compiling the kernels, once after an install ..."
 
 
 def _group_room() -> int | None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from migsim.commands.bounded import SEED_MAX, Bounded
-from migsim.commands.look import compiled, refuse_unwritable, require_memory
+from migsim.commands.look import compile_notice, refuse_unwritable, require_memory
 from migsim.commands.output import destination, printing, say
 from migsim.quantities import counted, in_words
 from migsim.scenario import Scenario, ScenarioError, json_schema, load
@@ -57,8 +57,8 @@ def run_run(arguments: argparse.Namespace) -> int:
         raise ScenarioError("--fault", f"must be one of {', '.join(FAULT_NAMES)}", value=arguments.fault)
     _refuse_outputs(arguments.json, arguments.trace)
     require_memory(scenario, verify=not arguments.no_verify)
-    if not arguments.quiet and not compiled():
-        say("migsim: compiling the kernels, once after an install ...")
+    if not arguments.quiet and (notice := compile_notice()) is not None:
+        say(f"migsim: {notice}")
     result = _migrate(scenario, arguments)
     _deliver(result, arguments)
     return result.exit_code

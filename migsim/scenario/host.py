@@ -11,7 +11,7 @@ from migsim.scenario.errors import ScenarioError
 from migsim.scenario.fields import duration, link_rate, milliseconds, share
 from migsim.units import NS_PER_S
 
-__all__ = ["Expect", "Host", "Kvm", "Link", "LinkPhase"]
+__all__ = ["Expect", "Host", "Kvm", "Link", "LinkPhase", "Storage"]
 
 _LINK_MAX = 1 << 50  # bytes/s; what a window admits is counted in 64 bits
 _Syncs = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -76,6 +76,12 @@ class Link(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fie
         times = [phase.at for phase in self.phases]
         if any(later <= earlier for earlier, later in pairwise(times)):
             raise ScenarioError("phases", 'must be in order of "at", each later than the one before')
+
+
+class Storage(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """What a migration to a file (uri "file:...") is written to, in the link's stead."""
+
+    bandwidth: Annotated[int, link_rate("of sustained writes", ge=1, le=_LINK_MAX)] = 2_000_000_000
 
 
 class Host(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):

@@ -79,6 +79,8 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
     decompress_threads: Annotated[int, Meta(ge=1, le=255)] = 2
     block_incremental: bool = False
 
+    uri: Annotated[str | None, Meta(description="of migrate; default tcp, with mapped-ram a file")] = None
+
     # What the operator does; QEMU has no such parameters.
     time_limit: Annotated[int, duration("give up (cancel) after this long")] | None = None
     round_limit: Annotated[int, Meta(ge=1, le=_INT64_MAX, description="give up after this many syncs")] | None = None
@@ -123,6 +125,16 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
         if self.mode != "normal":
             problem = "QEMU accepts it; without a pre-copy loop, hence not modelled here"
             raise ScenarioError("mode", problem, value=self.mode)
+
+    @property
+    def to_file(self) -> bool:
+        """Does it end in a file instead of a destination?"""
+        return self.migrate_uri.startswith("file:")
+
+    @property
+    def migrate_uri(self) -> str:
+        """The argument of migrate."""
+        return self.uri or ("file:guest.mig" if "mapped-ram" in self.capabilities else "tcp:destination:49152")
 
     def not_modelled(self) -> list[str]:
         """Capabilities and parameters in force that change nothing here: the result names them."""

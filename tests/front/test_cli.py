@@ -22,7 +22,7 @@ def result(**values) -> Result:
 @pytest.fixture
 def simulation(monkeypatch):
     """A free hand in what a run returns. What a first run says of compiling is no part of it."""
-    monkeypatch.setattr("migsim.commands.run.compiled", lambda: True)
+    monkeypatch.setattr("migsim.commands.run.compile_notice", lambda: None)
 
     def returns(run):
         monkeypatch.setattr("migsim.simulation.run", run)
@@ -160,7 +160,7 @@ def test_a_reader_that_leaves_early_does_not_change_the_exit_code(tmp_path):
 
 def test_the_first_run_says_that_it_compiles(simulation, monkeypatch, capsys):
     simulation(lambda scenario, **_: result())
-    for compiled in (False, True):
-        monkeypatch.setattr("migsim.commands.run.compiled", lambda answer=compiled: answer)
+    for notice in ("compiling the kernels", None):
+        monkeypatch.setattr("migsim.commands.run.compile_notice", lambda answer=notice: answer)
         assert cli.main(["run", TINY]) == 0
-        assert ("compiling" in capsys.readouterr().err) == (not compiled)
+        assert ("compiling" in capsys.readouterr().err) == (notice is not None)
