@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from migsim.guest.memory import layout
-from migsim.migration import compress, compression, dirty_rate
+from migsim.migration import compress, compression, dirty_rate, mapped_ram
 from migsim.migration.loop_types import LoopCosts
 from migsim.migration.policies.auto_converge import TIMESLICE_NS
 from migsim.migration.ram import PS_PER_NS, SaveCosts
@@ -58,6 +58,7 @@ ASSUMED_NS: Mapping[str, float] = {
     **compression.ASSUMED_NS,
     **dirty_rate.ASSUMED_NS,
     **compress.ASSUMED_NS,
+    **mapped_ram.ASSUMED_NS,
     "qemu_postcopy_run": 6_000_000.0,  # package received and loaded until the destination's vCPUs run
 }
 
@@ -84,6 +85,11 @@ class QemuCosts:
         return bool(self.scenario.migration.tls_creds)
 
     @property
+    def mapped_ram(self) -> bool:
+        """Does every page go to its own place in a file?"""
+        return "mapped-ram" in self.scenario.migration.capabilities
+
+    @property
     def compressed(self) -> bool:
         """Do threads of the capability compress deflate the pages?"""
         return "compress" in self.scenario.migration.capabilities
@@ -99,13 +105,20 @@ class QemuCosts:
         levels = {"zlib": m.multifd_zlib_level, "zstd": m.multifd_zstd_level, "qatzip": m.multifd_qatzip_level}
         return compression.channel_page(
             self.ns, m.multifd_compression, levels.get(m.multifd_compression, 1), self.scenario.guest.compressed,
-            tls=self.tls, zero_copy="zero-copy-send" in m.capabilities,
+            tls=self.tls, sent_by=self._sent_by(),
         )  # fmt: skip
+
+    def _sent_by(self) -> str:
+        """The operation by which a channel sends a page."""
+        m = self.scenario.migration
+        if "zero-copy-send" in m.capabilities:
+            return "multifd_page_zero_copy"
+        return "multifd_page_direct_io" if m.direct_io and self.mapped_ram else "multifd_page"
 
     def save(self, link_bytes_per_s: float) -> SaveCosts:
         """Costs of a page on a link of that speed: the slowest of thread, channels and wire sets the pace."""
         thread_ns, zero_ns, normal_bytes = self._page_ns(), self.ns("qemu_zero_page"), NORMAL_PAGE
-        wire_bytes = float(normal_bytes)
+        wire_bytes, zero_bytes = float(normal_bytes), 0 if self.mapped_ram else ZERO_PAGE
         if self.multifd:
             channels = self.scenario.migration.multifd_channels
             page = self.channel_page()
@@ -117,17 +130,19 @@ class QemuCosts:
             threaded = self.threaded_page(link_bytes_per_s)
             thread_ns, normal_bytes, wire_bytes = threaded.ns, round(threaded.bytes), 0.0
             zero_ns = max(self.ns("qemu_page_compress"), zero_ns / self.scenario.migration.compress_threads)
+        elif self.mapped_ram:
+            thread_ns, normal_bytes, wire_bytes = thread_ns + self.ns("qemu_pwrite_page"), PAGE_SIZE, float(PAGE_SIZE)
         elif self.tls:
             thread_ns += self.ns("tls_byte") * NORMAL_PAGE
             wire_bytes = compression.tls_wire_bytes(NORMAL_PAGE)
         return SaveCosts(
             normal_ps=round(max(thread_ns * PS_PER_NS, _wire_ps(wire_bytes, link_bytes_per_s))),
-            zero_ps=round(max(zero_ns * PS_PER_NS, _wire_ps(ZERO_PAGE, link_bytes_per_s))),
+            zero_ps=round(max(zero_ns * PS_PER_NS, _wire_ps(zero_bytes, link_bytes_per_s))),
             word_ps=round(self.ns("qemu_bitmap_word") * PS_PER_NS),
             clear_ps=round(self.ns("kvm_clear") * PS_PER_NS),
             clear_page_ps=round(self.ns("kvm_clear_page") * PS_PER_NS),
             normal_bytes=normal_bytes,
-            zero_bytes=ZERO_PAGE,
+            zero_bytes=zero_bytes,
             clear_stopped_ps=round(self.ns("kvm_clear_stopped") * PS_PER_NS),
         )
 
@@ -148,20 +163,32 @@ class QemuCosts:
         sleep_ns = TIMESLICE_NS * percentage / (100 - percentage)
         return round(min(self.ns("qemu_throttle_tick_tcg"), TICK_SHARE * max(0.0, sleep_ns - TICK_FROM_NS)))
 
-    def setup_bytes(self) -> int:
-        """The stream before its first page: header, machine type, RAM's blocks."""
-        guest, compat = self.scenario.guest, self.scenario.migration.compat
-        machine = f"pc-i440fx-{compat}" if guest.machine == "pc" else f"pc-q35-{compat}"
+    @property
+    def machine(self) -> str:
+        """The machine type as the stream names it."""
+        compat = self.scenario.migration.compat
+        return f"pc-i440fx-{compat}" if self.scenario.guest.machine == "pc" else f"pc-q35-{compat}"
+
+    @property
+    def blocks(self) -> list[RamBlockName]:
+        """RAM's blocks as the stream names them."""
+        guest = self.scenario.guest
         blocks = [(name, pages) for name, pages, _ in layout(guest.memory, guest.numa_nodes, guest.machine)]
         blocks += [(rom.name, rom.size // PAGE_SIZE) for rom in guest.rom]
-        return stream_setup(machine, [RamBlockName(name, pages) for name, pages in blocks])
+        return [RamBlockName(name, pages) for name, pages in blocks]
+
+    def setup_bytes(self) -> int:
+        """The stream before its first page: header, machine type, RAM's blocks."""
+        headers = mapped_ram.HEADER * len(self.blocks) if self.mapped_ram else 0
+        return stream_setup(self.machine, self.blocks) + headers
 
     def loop(self) -> LoopCosts:
         """Costs of the loop's own steps."""
+        latency_ns = 0 if self.scenario.migration.to_file else self.scenario.link.latency
         return LoopCosts(
             setup_bytes=self.setup_bytes(),
             load_ns=round(self.ns("qemu_device_load")),
-            latency_ns=self.scenario.link.latency,
+            latency_ns=latency_ns,
             resume_ns=round(self.ns("qemu_resume")),
             wake_ns=round(self.ns("qemu_wake")),
             window_ns=round(self.ns("qemu_window")),
@@ -173,7 +200,7 @@ class QemuCosts:
             section_ns=round(self.ns("qemu_section")),
             device_bytes=self.scenario.guest.device_state,
             device_ns=round(self.ns("qemu_device_state")),
-            flush_ns=2 * self.scenario.link.latency,
+            flush_ns=2 * latency_ns,
         )
 
     def stop_ns(self) -> int:

@@ -10,6 +10,7 @@ from migsim.migration.compress import CompressRam
 from migsim.migration.devices import DeviceSet, VfioDevice
 from migsim.migration.failure import LinkFailure
 from migsim.migration.loop_types import RamState
+from migsim.migration.mapped_ram import MappedRam, bitmap_bytes
 from migsim.migration.multifd import MultifdRam
 from migsim.migration.policies.choice import platform_of, throttle_of
 from migsim.migration.policies.dirty_limit import DirtyLimit
@@ -36,6 +37,7 @@ def loop_options(scenario: Scenario, seed: int, costs: QemuCosts) -> dict[str, A
     return {
         "devices": _devices(scenario, costs),
         "failure": _failure(scenario),
+        "to_file": scenario.migration.to_file,
         "return_path": bool({"return-path", "postcopy-ram"} & set(scenario.migration.capabilities)),
         "throttle": throttle,
         "vcpu_limit": _vcpu_limit(scenario, throttle),
@@ -86,6 +88,8 @@ def wire_ram(scenario: Scenario, ram: Ram, world: World, costs: QemuCosts) -> Ra
     """
     m = scenario.migration
     old = m.compat == "7.2"
+    if "mapped-ram" in m.capabilities:
+        return _mapped(scenario, ram)
     if "multifd" in m.capabilities:
         writes = any(stream.pages_per_s for stream in world.workload.streams)
         requeue = costs.ns("multifd_requeue_busy" if writes else "multifd_requeue_idle") if old else 0.0
@@ -100,6 +104,18 @@ def wire_ram(scenario: Scenario, ram: Ram, world: World, costs: QemuCosts) -> Ra
         cache = XbzrleCache(m.xbzrle_cache_size // PAGE_SIZE)
         return XbzrleRam(ram, cache, StreamWriters(scenario, world), costs.ns("qemu_xbzrle"))
     return ram
+
+
+def _mapped(scenario: Scenario, ram: Ram) -> RamState:
+    """Pages to their places in a file: by the migration thread, or by channels without packets."""
+    m = scenario.migration
+    ram.names_blocks = False
+    bitmaps = sum(bitmap_bytes(state.block.pages) for state in ram.blocks)
+    if "multifd" not in m.capabilities:
+        return MappedRam(ram, bitmaps, link_bytes_per_s(scenario, 0))
+    on_channels = rule_of(m.zero_page_detection, m.capabilities, m.compat).on_channels
+    channels = MultifdRam(ram, m.multifd_channels, zero_on_channels=on_channels, header_bytes=0, zero_bytes=0)
+    return MappedRam(channels, bitmaps, link_bytes_per_s(scenario, 0))
 
 
 class StreamWriters:

@@ -17,6 +17,7 @@ from migsim import dirty_rate
 from migsim.fused import FusedRam
 from migsim.host_costs import HostCosts, Meters, RoundRow
 from migsim.kvm.vm import TraceSink
+from migsim.migration import mapped_ram, wire
 from migsim.migration.events import both_sides
 from migsim.migration.precopy import Interrupted, Knobs, Limits, Precopy, RoundLog
 from migsim.migration.ram import PS_PER_NS, Ram
@@ -248,7 +249,26 @@ def _result(
         },
         verify=checked,
         vcpu_dirty_limit=tuple(loop.limited),
+        file=_file(scenario, loop, costs) if converged and scenario.migration.to_file else {},
     )
+
+
+def _file(scenario: Scenario, loop: Precopy, costs: QemuCosts) -> dict[str, object]:
+    """What a migration left in its file; `written-bytes` is more where pages were written again."""
+    written = loop.stats.transferred
+    if not costs.mapped_ram:
+        return {"size-bytes": written, "written-bytes": written}
+    entry = wire.first_block_entry(costs.machine)
+    laid_out = mapped_ram.places(costs.blocks, entry)
+    bitmaps = sum(mapped_ram.bitmap_bytes(place.pages) for place in laid_out)
+    stream = written - loop.stats.normal_pages * PAGE_SIZE - bitmaps
+    return {
+        "size-bytes": mapped_ram.file_bytes(laid_out, entry, stream),
+        "written-bytes": written,
+        "blocks": [
+            {"idstr": at.idstr, "bitmap-offset": at.bitmap_offset, "pages-offset": at.pages_offset} for at in laid_out
+        ],
+    }
 
 
 def _kvm(world: World) -> dict[str, object]:

@@ -32,6 +32,7 @@ from migsim.migration.zero_pages import rule_of
 from migsim.qemu_costs import QemuCosts
 from migsim.scenario import Guest, Scenario
 from migsim.scenario import Workload as WorkloadConfig
+from migsim.scenario.host import Storage
 from migsim.sim.meter import CountingMeter
 from migsim.sim.prng import stream_key
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, NS_PER_S, PAGE_SHIFT, PAGE_SIZE
@@ -334,7 +335,9 @@ class World:
 
 
 def link_bytes_per_s(scenario: Scenario, now_ns: int) -> float:
-    """The migration's share of the link at a moment, bytes/s."""
+    """The migration's share of the link at a moment, or what its file takes, bytes/s."""
+    if scenario.migration.to_file:
+        return float((scenario.storage or Storage()).bandwidth)
     share = 1.0
     for phase in scenario.link.phases:
         if phase.at <= now_ns:

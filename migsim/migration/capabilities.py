@@ -49,7 +49,6 @@ CAPABILITIES: Final[tuple[tuple[str, str | None, str | None], ...]] = (
 #: Capabilities that QEMU accepts and that turn migration into another loop than any modelled here.
 OTHER_LOOPS: Final[Mapping[str, str]] = {
     "x-colo": "COLO's checkpoints are not modelled here",
-    "mapped-ram": "a file with fixed offsets is not modelled here",
     "background-snapshot": "a snapshot by write faults is not modelled here",
 }
 
@@ -58,7 +57,7 @@ OTHER_LOOPS: Final[Mapping[str, str]] = {
 WITHOUT_EFFECT: Final = frozenset({
     "rdma-pin-all", "zero-blocks", "block", "release-ram", "dirty-bitmaps", "postcopy-blocktime", "x-ignore-shared",
     "announce-initial", "announce-max", "announce-rounds", "announce-step",
-    "tls-hostname", "tls-authz", "block-bitmap-mapping", "block-incremental", "x-checkpoint-delay", "direct-io",
+    "tls-hostname", "tls-authz", "block-bitmap-mapping", "block-incremental", "x-checkpoint-delay",
 })  # fmt: skip
 
 #: What background-snapshot cannot be combined with.

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 from migsim.migration.compression import LEVEL_STEP
 from migsim.migration.over_ram import OverRam
-from migsim.migration.ram import PS_PER_NS, Saved, SaveLimits
+from migsim.migration.ram import PS_PER_NS, Ram, Saved, SaveLimits
 from migsim.migration.wire import NORMAL_PAGE, PAGE_HEADER
 from migsim.units import PAGE_SIZE
 
@@ -88,7 +88,7 @@ def threaded_page(
 
 
 @dataclass
-class CompressRam(OverRam):
+class CompressRam(OverRam[Ram]):
     """`Ram` whose pages are deflated by threads. `page` follows the link's speed, as `ram.costs` do."""
 
     page: Callable[[], ThreadedPage]

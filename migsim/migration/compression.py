@@ -48,10 +48,13 @@ def tls_wire_bytes(size: float) -> float:
 
 def channel_page(
     ns: Callable[[str], float], method: str, level: int, compressed: float, *, tls: bool = False,
-    zero_copy: bool = False,
+    sent_by: str = "multifd_page",
 ) -> ChannelPage:  # fmt: skip
-    """A page under `multifd-compression` = `method` at `level`; `compressed`: share of its size that is left."""
-    cpu_ns = ns("multifd_page_zero_copy" if zero_copy else "multifd_page")
+    """A page under `multifd-compression` = `method` at `level`; `compressed`: share of its size that is left.
+
+    sent_by: the operation that sends it (multifd_page, multifd_page_zero_copy, multifd_page_direct_io).
+    """
+    cpu_ns = ns(sent_by)
     size = PAGE_SIZE
     if method != "none":
         stored = method == "zlib" and level == 0

@@ -38,6 +38,8 @@ class MultifdRam:
     sync_each_section: bool = False
     zero_on_channels: bool = False  # 9.0: zero pages ride in packet headers
     page_bytes: int = PAGE_SIZE  # of a page of data in a packet: less with compression
+    header_bytes: int = multifd_packet_header()  # of a packet; none where pages go to their places in a file
+    zero_bytes: int = ZERO_PAGE  # of a zero page the main thread found
     setup_synced: bool = False
     owed: float = 0.0  # fractional requeued pages not yet sent
 
@@ -72,10 +74,10 @@ class MultifdRam:
 
     def save(self, limits: SaveLimits) -> Saved:
         """One section: whole packets until the limit is passed, what is left in a last one, then the barrier."""
-        sum_ = _Sum(page_bytes=self.page_bytes)
+        sum_ = _Sum(page_bytes=self.page_bytes, header_bytes=self.header_bytes)
         why = self._with_unit_costs(lambda: self._packets(limits, sum_))
         if sum_.queued:
-            sum_.channel_bytes += multifd_packet_header() + sum_.queued_data * self.page_bytes
+            sum_.channel_bytes += self.header_bytes + sum_.queued_data * self.page_bytes
         sum_.channel_bytes += self._barrier(why)
         page_bytes = sum_.main_bytes + sum_.channel_bytes
         return Saved(sum_.normal, sum_.zero, page_bytes, sum_.elapsed_ps, why, sum_.channel_bytes)
@@ -88,7 +90,7 @@ class MultifdRam:
             if sum_.elapsed_ps >= limits.ps:
                 return TIME_LIMIT
             # all packets but the last in one go; zero pages between them may make that one superfluous
-            full = multifd_packet_header() + MULTIFD_PACKET_PAGES * self.page_bytes
+            full = self.header_bytes + MULTIFD_PACKET_PAGES * self.page_bytes
             packets = max(1, min(left // full, 1 << 20))
             why = self._send(packets * MULTIFD_PACKET_PAGES - sum_.queued, packets, limits.ps - sum_.elapsed_ps, sum_)
             if why != RATE_LIMIT:
@@ -103,7 +105,7 @@ class MultifdRam:
         sum_.normal += sent.normal
         sum_.zero += sent.duplicate
         listed = sent.duplicate if self.zero_on_channels else 0
-        sum_.main_bytes += sent.page_bytes - sent.normal - listed + ZERO_PAGE * (sent.duplicate - listed)
+        sum_.main_bytes += sent.page_bytes - sent.normal - listed + self.zero_bytes * (sent.duplicate - listed)
         full = sent.normal + listed >= room - twice
         self.owed += self.requeue * packets - twice if full else 0.0
         sum_.queue(sent.normal + (twice if full else 0), listed)
@@ -113,7 +115,7 @@ class MultifdRam:
         """SYNC packets: once at setup, then after each section (7.2) or once a scan of RAM."""
         rounds = int(not self.setup_synced) + int(self.sync_each_section or why == END_OF_SPAN)
         self.setup_synced = True
-        return rounds * self.channels * multifd_packet_header()
+        return rounds * self.channels * self.header_bytes
 
     def _with_unit_costs(self, step: Callable[[], int]) -> int:
         """Let the inner RAM count places in packets: a page of data takes one, a zero page if it is listed."""
@@ -138,13 +140,14 @@ class _Sum:
     queued: int = 0
     queued_data: int = 0
     page_bytes: int = PAGE_SIZE
+    header_bytes: int = multifd_packet_header()
 
     def queue(self, data: int, zero: int) -> None:
         """Fill packets with `data` pages and `zero` listed ones; where both occur they are spread evenly."""
         places, pages = self.queued + data + zero, self.queued_data + data
         full, self.queued = divmod(places, MULTIFD_PACKET_PAGES)
         self.queued_data = self.queued * pages // places if places else 0
-        self.channel_bytes += full * multifd_packet_header() + (pages - self.queued_data) * self.page_bytes
+        self.channel_bytes += full * self.header_bytes + (pages - self.queued_data) * self.page_bytes
 
 
 assert FULL_PACKET == 128 * PAGE_SIZE + 1344

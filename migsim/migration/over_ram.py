@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from migsim.migration.ram import Ram
+from migsim.migration.loop_types import RamState
 
 __all__ = ["OverRam"]
 
+R = TypeVar("R", bound=RamState)
+
 
 @dataclass
-class OverRam:
+class OverRam(Generic[R]):
     """migration.loop_types.RamState over `ram`; a data path overrides what it does differently, `save` at least."""
 
-    ram: Ram
+    ram: R
 
     @property
     def dirty_pages(self) -> int:

@@ -70,6 +70,7 @@ class Precopy:
     devices: DeviceSet = field(default_factory=DeviceSet)
     failure: LinkFailure | None = None
     vcpu_limit: DirtyLimit | None = None  # with dirty rings: quotas by the capability, or by set-vcpu-dirty-limit
+    to_file: bool = False  # nobody resumes the guest at the end
     return_path: bool = False  # the capability, or post-copy's: the source waits for the destination's end
 
     status: str = "none"

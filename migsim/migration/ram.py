@@ -138,6 +138,7 @@ class Ram:
         self.block_index = self.page = 0  # where the scan stands: last_seen_block, last_page
         self.spent_ps = 0  # of the present call, before the part this object is asked for (multifd, xbzrle)
         self.last_sent_block = -1  # the stream names a block only when it changes
+        self.names_blocks = True  # not where pages go to places of their own (mapped-ram)
         self.first_pages = 0  # pages of data sent with their block's name
         self.rearmed_pages = self.clear_calls = 0
 
@@ -234,7 +235,7 @@ class Ram:
         if self.last_sent_block != self.block_index:
             self.last_sent_block = self.block_index
             self.first_pages += not self.blocks[self.block_index].block.zero.get(page)
-            vector[USED] += 1 + len(self.blocks[self.block_index].block.idstr)
+            vector[USED] += self.names_blocks and 1 + len(self.blocks[self.block_index].block.idstr)
 
     def _next_dirty(self, state: BlockState, vector: Ints) -> int:
         """The first dirty page of the block from `self.page` on, or -1."""

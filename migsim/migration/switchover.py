@@ -65,7 +65,7 @@ def complete(loop: Precopy) -> None:
         _await_destination(loop)
     loop.stats.downtime_ns = (loop.clock.ms(loop.now_ns) - loop.clock.ms(start)) * NS_PER_MS
     finish(loop)
-    if not loop.return_path:
+    if not loop.return_path and not loop.to_file:
         load_ns = loop.devices.load_ns
         if load_ns:
             loop.parts.append(("load", load_ns))

@@ -16,8 +16,8 @@ from migsim.units import PAGE_SIZE
 __all__ = [
     "BE64", "EOS", "FILE_HEADER", "IDSTR_MAX", "MULTIFD_FLUSH_MARKER", "MULTIFD_INIT", "MULTIFD_PACKET_PAGES",
     "NORMAL_PAGE", "PAGE_HEADER", "RAM_SECTION", "SECTION_FOOTER", "SECTION_HEADER", "section_start",
-    "XBZRLE_HEADER", "ZERO_PAGE", "RamBlockName", "block_header", "configuration", "multifd_packet",
-    "multifd_packet_header", "ram_setup", "stream_setup", "xbzrle_page",
+    "XBZRLE_HEADER", "ZERO_PAGE", "RamBlockName", "block_header", "configuration", "first_block_entry",
+    "multifd_packet", "multifd_packet_header", "ram_setup", "stream_setup", "xbzrle_page",
 ]  # fmt: skip
 
 BE64: Final = 8
@@ -64,6 +64,11 @@ def configuration(machine: str) -> int:
 def section_start(idstr: str) -> int:
     """START or FULL section: type, be32 id, the device's name, be32 instance, be32 version."""
     return SECTION_HEADER + 1 + len(idstr) + 4 + 4
+
+
+def first_block_entry(machine: str) -> int:
+    """Offset of the first RAMBlock's entry in the setup section, from the stream's beginning."""
+    return FILE_HEADER + configuration(machine) + section_start("ram") + BE64
 
 
 def ram_setup(blocks: Sequence[RamBlockName], *, postcopy_huge: bool = False, ignore_shared: bool = False) -> int:

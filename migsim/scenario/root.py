@@ -11,7 +11,7 @@ from migsim.quantities import in_words
 from migsim.scenario.dirty_rate import DirtyRateMeasurement, VcpuDirtyLimit, refused
 from migsim.scenario.errors import ScenarioError
 from migsim.scenario.guest import Guest
-from migsim.scenario.host import Expect, Host, Kvm, Link
+from migsim.scenario.host import Expect, Host, Kvm, Link, Storage
 from migsim.scenario.migration import Migration
 from migsim.units import NS_PER_S
 
@@ -25,6 +25,7 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
     kvm: Kvm = field(default_factory=Kvm)
     migration: Migration = field(default_factory=Migration)
     link: Link = field(default_factory=Link)
+    storage: Storage | None = None
     host: Host = field(default_factory=Host)
     calc_dirty_rate: tuple[DirtyRateMeasurement, ...] = ()
     set_vcpu_dirty_limit: tuple[VcpuDirtyLimit, ...] = ()
@@ -40,12 +41,28 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
             self._check_recovery()
         try:
             check(migration.capabilities, migration.compat, host=host, parameters=migration.parameters())
-            uri = "file:guest" if "mapped-ram" in migration.capabilities else "tcp:destination:49152"
-            check_migrate(migration.capabilities, uri, migration.parameters(), migration.compat)
+            check_migrate(migration.capabilities, migration.migrate_uri, migration.parameters(), migration.compat)
         except QmpError as error:
             raise ScenarioError("migration.capabilities", error.desc, value=list(migration.capabilities)) from None
+        self._check_transport()
         self._check_measurements()
         self._check_limits()
+
+    def _check_transport(self) -> None:
+        """What a file cannot do, and what is not emulated."""
+        migration, uri = self.migration, self.migration.migrate_uri
+        if uri.startswith("rdma:"):
+            raise ScenarioError("migration.uri", "RDMA is not modelled here; tcp, unix and file are", value=uri)
+        if not migration.to_file:
+            if self.storage is not None:
+                raise ScenarioError("storage", f'is what a "file:" uri writes to; migration.uri is "{uri}"')
+            return
+        answering = {"postcopy-ram", "return-path", "switchover-ack"} & set(migration.capabilities)
+        for name in sorted(answering):
+            problem = "needs a destination that answers; a file does not"
+            raise ScenarioError("migration.capabilities", problem, value=name)
+        if self.link.fail_at is not None:
+            raise ScenarioError("link.fail-at", "a file has no connection that dies", value=self.link.fail_at)
 
     def _check_measurements(self) -> None:
         """calc-dirty-rate, one after the other, each refused as QEMU refuses it."""
