@@ -45,7 +45,7 @@ def verdict_of(
         return f"Interrupted after {when} of simulated time and {done}; the rest is unknown."
     if loop.status == "completed":
         how = "Moves by post-copy in" if any(part.name == "discard" for part in parts) else "Converges in"
-        how = "Is saved to its file in" if loop.to_file else how
+        how = "Is saved to its file in" if scenario.migration.to_file else how
         syncs = counted(loop.stats.dirty_sync_count, "bitmap sync")
         return f"{how} {when} after {syncs}; {_blackout(loop, parts)}."
     if loop.why == LINK:
