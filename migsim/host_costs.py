@@ -72,8 +72,7 @@ class HostCosts:
         self.scenario = scenario
         self.kvm = kvm.accel == "kvm"
         self.rules = rules_for(kvm.mmu, default_kernel(kvm.mmu))
-        # Without two-dimensional paging there is no PML, and AMD has none (kvm.md 3.9).
-        self.pml = kvm.pml and kvm.vendor == "intel" and kvm.mmu != "shadow"
+        self.pml = kvm.pml and kvm.vendor == "intel"  # AMD has none in the kernels read
         self.clear = clear_cost(self.rules, self.profile, guest.vcpus, pml=self.pml)
 
     @property

@@ -106,7 +106,7 @@ class World:
         )
         self.meter = CountingMeter()
         config = VmConfig(
-            vendor=kvm.vendor, mmu=kvm.mmu, tdp=kvm.mmu != "shadow", pml=kvm.pml, smm=False,
+            vendor=kvm.vendor, mmu=kvm.mmu, pml=kvm.pml, smm=False,
             eager_page_split=kvm.eager_page_split, nx_huge_pages=kvm.nx_huge_pages, maxphyaddr=MAXPHYADDR,
         )  # fmt: skip
         self.vm = Vm(config, bulk=bulk, meter=self.meter)
@@ -160,7 +160,7 @@ class World:
 
     def _map_memory(self) -> None:
         guest, slot_id = self.scenario.guest, 0
-        root = self.vm.mmu.root_of(self.vcpus[0])
+        root = [self.vm.mmu.root_of(vcpu) for vcpu in self.vcpus][0]  # all have run: each holds the one root
         for block in self.memory.blocks:
             hva = self.vm.alloc_memory(block.pages << PAGE_SHIFT, LEVELS[guest.backing])
             ids = []

@@ -23,7 +23,7 @@ class Kvm(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fiel
 
     mmu: Annotated[
         Literal["tdp", "tdp-5.10", "shadow"],
-        Meta(description="tdp: of today; tdp-5.10: as first merged; shadow: before it, and without EPT/NPT"),
+        Meta(description="tdp: of today; tdp-5.10: as first merged; shadow: what it replaced (tdp_mmu=N)"),
     ] = "tdp"
     accel: Annotated[
         Literal["kvm", "tcg"],
