@@ -172,7 +172,7 @@ class _DirtyBitmap:
         world = self.world
         self._pass(at_ns)
         cost: dict[str, Any] = {"log-start-ns": self._pass(world.log_start())}
-        meters = self.host.meters(world.workload, self.ram, world.meter.totals, len(world.slots))
+        meters = self.host.meters(world.workload, self.ram, world.meter.totals)
         rounds = [RoundLog(1, at_ns, world.memory.pages, 0)]
         meters.window(self.now_ns, rounds)
         # 1. the first sync may return all ones: nobody counts it

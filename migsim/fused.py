@@ -31,6 +31,7 @@ from migsim.fused_views import (
     NOW_NS,
     REARMED_PAGES,
     RESULTS_LEN,
+    TABLES,
     TAKEN,
     BlockView,
     Costs,
@@ -173,8 +174,9 @@ class FusedRam(Ram):
         c = self.costs
         if self._costs_now is None or self._costs_now[0] is not c:
             self._costs_now = c, Costs(
-                c.normal_ps, c.zero_ps, c.word_ps, c.clear_ps, c.clear_page_ps, c.normal_bytes, c.zero_bytes
-            )
+                c.normal_ps, c.zero_ps, c.word_ps, c.clear_ps, c.clear_page_ps, c.normal_bytes, c.zero_bytes,
+                c.clear_table_ps,
+            )  # fmt: skip
         return self._costs_now[1]
 
     # -- sync --------------------------------------------------------------------------------------------------------
@@ -197,7 +199,9 @@ class FusedRam(Ram):
                 for counts, results in parts:
                     self._add(extent, counts, results)
                 if not self.lazy_clear:
-                    extent.kvm.harvested(sum(int(results[TAKEN]) for _, results in parts))
+                    taken = sum(int(results[TAKEN]) for _, results in parts)
+                    extent.kvm.harvested(taken)
+                    self.count_harvest(taken)
         new = int(self.results[NEW]) - before
         self.dirty_pages += new
         return new
@@ -233,16 +237,20 @@ class FusedRam(Ram):
         pages = min(CHUNK_PAGES, extent.block.pages - chunk * CHUNK_PAGES)
         assert store_chunk(in_slot, (pages + 4095) >> 12, extent.slot, hits, summary, counts), f"no tables in {chunk}"
 
-    def _reach_4k(self, extent: Extent, chunk: int) -> None:
-        """What the CLEAR of a chunk is to do about huge pages before it re-arms."""
+    def _reach_4k(self, extent: Extent, chunk: int) -> int:
+        """What the CLEAR of a chunk is to do about huge pages before it re-arms; tables it made of them."""
         slot, block = extent.slot, extent.block
         in_slot = chunk - slot.offset
         taken = None
         if not (slot.known_full[in_slot] and slot.log_full[in_slot]):
             taken = np.zeros(CHUNK_WORDS, dtype=np.uint64)
             taken_words(in_slot, chunk, slot, block, taken)
+        before = self.split_tables()
         extent.kvm.reach_4k(in_slot, taken)
         slot.reach[in_slot] *= 2  # done for this CLEAR, whatever is left
+        split = self.split_tables() - before
+        self.split_in_clear += split
+        return split
 
     # -- save --------------------------------------------------------------------------------------------------------
 
@@ -296,7 +304,7 @@ class FusedRam(Ram):
             self.page = int(page)
             workload.now_ns = int(results[NOW_NS])
             if why == NEED_4K:
-                self._reach_4k(extent, self.page // CHUNK_PAGES)
+                results[TABLES] = self._reach_4k(extent, self.page // CHUNK_PAGES)
             elif why == NEED_CLOCK:
                 self.tick(int(state[ELAPSED_PS]))
             elif why == NEED_TABLES:

@@ -13,6 +13,7 @@ from migsim.fused_views import (
     NEED_TABLES,
     NOW_NS,
     REARMED_PAGES,
+    TABLES,
     BlockView,
     Costs,
     Ints,
@@ -125,7 +126,9 @@ def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, cou
     slot.reach[sc] = slot.reach[sc] != 0
     results[REARMED_PAGES] += count
     results[CLEAR_CALLS] += 1
-    return costs.clear_ps + count * costs.clear_page_ps
+    cost_ps = costs.clear_ps + count * costs.clear_page_ps + int(results[TABLES]) * costs.clear_table_ps
+    results[TABLES] = 0
+    return cost_ps
 
 
 # A chunk that is lazily all ones and is sent from its first page on needs no words at all while that goes on: what is

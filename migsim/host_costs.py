@@ -1,63 +1,33 @@
-"""What a run costs the host and the guest: a scenario's host profile applied to its loop, round by round.
-
-Sits beside `simulation`, which asks it three things: the price of KVM's ioctls (`priced`, `enable_ns`), the guest's
-pace after each window (`Meters.window`), and what to report of a round (`Meters.rows`). Costs are expectations; what is
-logged or lost is never decided here.
-"""
+"""A scenario's host profile, applied: the price of KVM's ioctls, and the closed loop of a run (`migsim.meters`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from migsim.guest.memory import layout
 from migsim.guest.workload import SEQUENTIAL, Workload
-from migsim.migration.loop_types import RoundLog
-from migsim.migration.ram import BlockState
+from migsim.meters import Meters, RamCounters, Switched
+from migsim.migration.postcopy import QUEUED_BYTES, FaultCosts, fault_latency_ns
 from migsim.perf.memstress import Memstress
 from migsim.perf.migration_thread import clear_cost, enable_ns
-from migsim.perf.pools import Pools, Span
+from migsim.perf.pools import Pools
+from migsim.perf.postcopy_faults import PostcopyFaults
 from migsim.perf.profile import HostProfile, ProfileError, load_profile
 from migsim.perf.rules import default_kernel, rules_for
-from migsim.perf.slowdown import ClosedLoop, RoundCost, Window
+from migsim.perf.slowdown import ClosedLoop
 from migsim.qemu_costs import ASSUMED_NS
 from migsim.scenario import Scenario, ScenarioError
-from migsim.units import CHUNK_PAGES, NS_PER_S, PAGE_SIZE
+from migsim.units import NS_PER_S, PAGE_SIZE
 
-__all__ = ["HostCosts", "Meters"]
+__all__ = ["HostCosts"]
 
-PACE_NS: Final = NS_PER_S  # how often the guest's pace is solved again
 BACKING_PAGES: Final[Mapping[str, int]] = {"4K": 1, "2M": 512, "1G": 262144}
 _BACKING_SOURCE: Final = {"4K": "anonymous", "2M": "anonymous_hugetlb_2mb", "1G": "anonymous_hugetlb_1gb"}
 _MANUAL: Final = {"off": 0, "enable": 1, "initially-set": 3}
 _RMAP_HEAD_BYTES: Final = 8  # struct kvm_rmap_head
-
-
-class RamCounters(Protocol):
-    """What QEMU's side has done so far, and where its scan stands."""
-
-    clear_calls: int
-    rearmed_pages: int
-    blocks: list[BlockState]
-    block_index: int
-    page: int
-
-
-@dataclass(frozen=True)
-class RoundRow:
-    """What a round cost: shares 0..1, times in ns, stalls by upper bound in us."""
-
-    guest_throughput_share: float
-    lock_waiting_share: float
-    lock_write_held_ns: int
-    longest_hold_ns: int
-    migration_thread_cpu_ns: int
-    soft_lockups: int
-    vcpu_stalls: dict[str, int]
 
 
 class HostCosts:
@@ -76,11 +46,16 @@ class HostCosts:
         self.clear = clear_cost(self.rules, self.profile, guest.vcpus, pml=self.pml)
 
     @property
+    def _manual(self) -> int:
+        """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 as QEMU sets it: never beside dirty rings (accel/kvm/kvm-all.c)."""
+        kvm = self.scenario.kvm
+        return 0 if kvm.dirty_ring_size else _MANUAL[kvm.manual_dirty_log_protect]
+
+    @property
     def _armed_at_enable(self) -> bool:
         """Does enabling the log arm every page: without INITIALLY_SET, and until 5.10 under huge leaves with it."""
-        kvm = self.scenario.kvm
         huge = self.rules.protects_huge_at_enable and self.scenario.guest.backing != "4K"
-        return kvm.manual_dirty_log_protect != "initially-set" or huge
+        return self._manual != _MANUAL["initially-set"] or huge
 
     def priced(self) -> dict[str, float]:
         """ns of the operations qemu_costs knows, where this host's profile says something about them."""
@@ -92,15 +67,18 @@ class HostCosts:
         if not self.kvm:
             return own
         setup = {"qemu_setup": own.get("qemu_setup", ASSUMED_NS["qemu_setup"]) + self.enable_ns()}
-        return {**own, **setup, **self._clear_ns()}
+        return {**own, **setup, **self._ioctl_ns()}
 
-    def _clear_ns(self) -> dict[str, float]:
+    def _ioctl_ns(self) -> dict[str, float]:
+        """CLEAR, and a GET that re-arms as it takes: the same work for a page, the same flush after it."""
         clear = self.clear
-        return {
-            "kvm_clear": clear.call_ns,
-            "kvm_clear_stopped": clear.stopped_call_ns,
-            "kvm_clear_page": clear.page_ns,
-        }
+        out = {
+            "kvm_clear": clear.call_ns, "kvm_clear_stopped": clear.stopped_call_ns, "kvm_clear_page": clear.page_ns,
+            "kvm_clear_table": clear.table_ns,
+        }  # fmt: skip
+        if not self.scenario.kvm.lazy_clear:
+            out |= {"kvm_get": clear.call_ns, "kvm_get_page": clear.page_ns}
+        return out
 
     def enable_ns(self) -> int:
         """KVM_MEM_LOG_DIRTY_PAGES on every slot: what it does to the populated part, and the bitmaps of all of it."""
@@ -109,7 +87,7 @@ class HostCosts:
         per_vcpu = -(-guest.populated_pages // guest.vcpus) * PAGE_SIZE
         counts, _ = Memstress(
             vcpus=guest.vcpus, memory_per_vcpu=max(per_vcpu, PAGE_SIZE), mmu=kvm.mmu, slots=slots, pml=self.pml,
-            backing=_BACKING_SOURCE[guest.backing], manual=_MANUAL[kvm.manual_dirty_log_protect],
+            backing=_BACKING_SOURCE[guest.backing], manual=self._manual,
             eager_page_split=kvm.eager_page_split,
         ).enable()  # fmt: skip
         return enable_ns(counts, self.profile)
@@ -119,156 +97,43 @@ class HostCosts:
         pages = self.scenario.guest.pages
         return _RMAP_HEAD_BYTES * (pages + pages // 512 + pages // 262144) if self.rules.rmap else 0
 
-    def meters(self, workload: Workload, ram: RamCounters, operations: Mapping[str, int], slots: int) -> Meters:
-        """The closed loop of a run. `operations`: the meter's totals; `slots`: a GET without manual caps re-arms."""
+    def meters(self, workload: Workload, ram: RamCounters, operations: Mapping[str, int]) -> Meters:
+        """The closed loop of a run. `operations`: the meter's totals, from which `ram` learns what its CLEARs split."""
         guest, kvm = self.scenario.guest, self.scenario.kvm
+        if self.kvm and self.rules.eager_split and kvm.eager_page_split:  # else CLEAR splits none, and faults do
+            ram.split_tables = lambda: operations.get("huge_page_split", 0)
         pools = Pools(
             workload.first.astype(np.float64), workload.end.astype(np.float64), workload.law == SEQUENTIAL,
             float(guest.pages), BACKING_PAGES[guest.backing], self.rules, pml=self.pml, eager=kvm.eager_page_split,
             protected=self.kvm and self._armed_at_enable,
         )  # fmt: skip
         loop = ClosedLoop(self.profile, guest.vcpus, self.rules, pools, self.clear, kvm.dirty_ring_size)
-        get_slots = slots if kvm.manual_dirty_log_protect == "off" else 0
-        return Meters(loop, workload, ram, operations if self.kvm else None, get_slots)
+        return Meters(loop, workload, ram, self.kvm, self._switched(workload, ram))
 
+    def _switched(self, workload: Workload, ram: RamCounters) -> Switched:
+        """How post-copy's faults begin: called at the switch, when what is missing is known."""
 
-class _Snapshot(NamedTuple):
-    """A moment: the write clocks, the duty, and (CLEAR calls, pages re-armed, splits)."""
+        def start() -> PostcopyFaults:
+            ends = zip(workload.first.tolist(), workload.end.tolist(), strict=True)
+            missing = np.array([ram.dirty_between(first, end) for first, end in ends], dtype=np.float64)
+            latency_ns, answer_ns = self._fault_ns()
+            return PostcopyFaults(
+                self.scenario.guest.vcpus, (workload.end - workload.first).astype(np.float64), missing,
+                workload.law == SEQUENTIAL, latency_ns, answer_ns,
+            )  # fmt: skip
 
-    now_ns: int
-    clock: NDArray[np.float64]
-    duty: float
-    counters: tuple[int, int, int]
-    scan: int  # guest page up to which CLEAR has been: a chunk is re-armed as a whole
+        return start
 
+    def _fault_ns(self) -> tuple[float, float]:
+        """ns of one missing page with nobody else asking, and of these the source's answer.
 
-class Meters:
-    """Reads what happened since it last looked, tells the closed loop, and keeps a row a round.
-
-    operations: the meter's totals, None where there is no KVM (then nothing is charged). get_slots: memslots whose GET
-    re-arms, each under one hold of the lock; 0 with manual protection.
-    """
-
-    def __init__(
-        self,
-        loop: ClosedLoop,
-        workload: Workload,
-        ram: RamCounters,
-        operations: Mapping[str, int] | None,
-        get_slots: int,
-    ) -> None:
-        self.loop, self.workload, self.ram, self._get_slots = loop, workload, ram, get_slots
-        self._operations = operations
-        self._rows: dict[int, RoundRow] = {}
-        self.total = RoundCost()
-        self._round = self._found = 0
-        self._seen = self._last = self._snapshot(0)
-
-    def window(self, now_ns: int, rounds: Sequence[RoundLog]) -> float | None:
-        """Called between two windows; the guest's slowdown from now on, or None to leave it. `rounds`: so far."""
-        sync = rounds[-1].sync
-        new_round = sync != self._round
-        if new_round:
-            self._look(self._last)  # what was seen last is the end of the round before
-            self._end_round()
-            self._round = sync
-            self._found = _found(rounds)
-        self._last = self._snapshot(now_ns)
-        if not new_round and now_ns - self._seen.now_ns < PACE_NS:
-            return None
-        self._look(self._last)
-        return self.loop.pace.slowdown
-
-    def finish(self, stopped_ns: int, rounds: Sequence[RoundLog]) -> None:
-        """The migration is over; the guest ran until `stopped_ns`. Closes the last round."""
-        self._found = _found(rounds)
-        end = self._snapshot(max(stopped_ns, self._last.now_ns))
-        self._look(end._replace(duty=self._last.duty))
-        self._end_round()
-
-    def row(self, sync: int) -> RoundRow:
-        """What the round that began with that sync cost."""
-        if sync in self._rows:
-            return self._rows[sync]
-        # Two syncs in one window: the first was over at once, at the pace of the round before.
-        before = max((known for known in self._rows if known < sync), default=None)
-        share = self._rows[before].guest_throughput_share if before is not None else 1.0
-        return replace(_row(RoundCost()), guest_throughput_share=share)
-
-    def totals(self) -> dict[str, object]:
-        """The whole run, for the result's `host`."""
-        row = _row(self.total)
-        return {
-            "guest-throughput-share": row.guest_throughput_share,
-            "lock-waiting-share": row.lock_waiting_share,
-            "lock-write-held-ns": row.lock_write_held_ns,
-            "longest-hold-ns": row.longest_hold_ns,
-            "soft-lockups": row.soft_lockups,
-            "vcpu-stalls": row.vcpu_stalls,
-        }
-
-    def _snapshot(self, now_ns: int) -> _Snapshot:
-        w, counters = self.workload, (0, 0, 0)
-        if self._operations is not None:
-            splits = self._operations.get("huge_page_split", 0)
-            counters = (self.ram.clear_calls, self._found if self._get_slots else self.ram.rearmed_pages, splits)
-        block = self.ram.blocks[self.ram.block_index].block
-        scan = min(-(-self.ram.page // CHUNK_PAGES) * CHUNK_PAGES, block.pages)
-        return _Snapshot(now_ns, w.clock.copy(), w.duty, counters, block.first_page + scan)
-
-    def _look(self, now: _Snapshot) -> None:
-        """Account for what happened between the last look and `now`."""
-        before, self._seen = self._seen, now
-        calls, rearmed, splits = (b - a for a, b in zip(before.counters, now.counters, strict=True))
-        duration = now.now_ns - before.now_ns
-        if duration > 0 or rearmed:
-            calls = calls or (self._get_slots if rearmed else 0)
-            streams = self.workload.streams
-            full = np.array([stream.pages_per_s * stream.factor(now.now_ns) / NS_PER_S for stream in streams])
-            writes, where = now.clock - before.clock, self._scanned(before.scan, now.scan)
-            self.loop.window(Window(duration, writes, full, now.duty, calls, rearmed, splits, where))
-
-    def _scanned(self, start: int, stop: int) -> tuple[Span, ...]:
-        """The guest pages the scan went over; () for all of them, as a GET that re-arms does."""
-        if self._get_slots or start == stop:
-            return ()
-        if start < stop:
-            return ((start, stop),)
-        last = self.ram.blocks[-1].block
-        return ((start, last.first_page + last.pages), (0, stop))
-
-    def _end_round(self) -> None:
-        done = self.loop.end_round()
-        self._add(done)
-        if self._round:  # what precedes the first sync belongs to no round
-            self._rows[self._round] = _row(done)
-
-    def _add(self, done: RoundCost) -> None:
-        t = self.total
-        t.done, t.wanted, t.duration_ns = t.done + done.done, t.wanted + done.wanted, t.duration_ns + done.duration_ns
-        t.running_ns += done.running_ns
-        t.lock_waiting_ns += done.lock_waiting_ns
-        t.lock_write_held_ns += done.lock_write_held_ns
-        t.longest_hold_ns = max(t.longest_hold_ns, done.longest_hold_ns)
-        t.thread_cpu_ns += done.thread_cpu_ns
-        t.stalls.merge(done.stalls)
-
-
-def _found(rounds: Sequence[RoundLog]) -> int:
-    """Pages the syncs found newly dirty: what GETs without manual protection re-armed.
-
-    But for pages QEMU had marked already, so the hold errs towards the short.
-    """
-    return sum(row.new_dirty_pages for row in rounds)
-
-
-def _row(cost: RoundCost) -> RoundRow:
-    return RoundRow(
-        guest_throughput_share=round(cost.guest_throughput_share, 6),
-        lock_waiting_share=round(cost.lock_waiting_share, 6),
-        lock_write_held_ns=round(cost.lock_write_held_ns),
-        longest_hold_ns=round(cost.longest_hold_ns),
-        migration_thread_cpu_ns=round(cost.thread_cpu_ns),
-        soft_lockups=cost.soft_lockups,
-        vcpu_stalls=cost.stalls.as_json(),
-    )
+        A channel of its own (postcopy-preempt), or a limit the link is faster than, leaves nothing queued before it.
+        """
+        scenario, own = self.scenario, self.priced()
+        m, link = scenario.migration, scenario.link
+        wire_ns = PAGE_SIZE * NS_PER_S / link.bandwidth
+        page_ns = max(own.get("qemu_postcopy_page", ASSUMED_NS["qemu_postcopy_page"]), wire_ns)
+        request_ns = own.get("qemu_postcopy_request", ASSUMED_NS["qemu_postcopy_request"])
+        free = "postcopy-preempt" in m.capabilities or 0 < m.max_postcopy_bandwidth < link.bandwidth
+        queued = 0.0 if free else QUEUED_BYTES / PAGE_SIZE * wire_ns / page_ns
+        return fault_latency_ns(FaultCosts(request_ns, page_ns, queued), link.latency) - page_ns, page_ns

@@ -34,6 +34,9 @@ ASSUMED_NS: Mapping[str, float] = {
     "kvm_clear": 5_000.0,
     "kvm_clear_stopped": 5_000.0,  # the same with every vCPU out of the guest: requests set, nobody kicked
     "kvm_clear_page": 7.0,  # a real KVM_CLEAR_DIRTY_LOG on a development machine: about 7 ns a page
+    "kvm_clear_table": 0.0,  # each table a CLEAR splits a huge page into; every host profile prices it
+    "kvm_get": 0.0,  # a GET that re-arms at once, beyond its copy: only without manual protection, priced with it
+    "kvm_get_page": 0.0,
     "qemu_sync": 100_000.0,
     "qemu_sync_page": 0.05,  # 1/8 byte a page, copied and scanned four times at 10 GB/s
     "qemu_stop": 2_000_000.0,
@@ -54,6 +57,9 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_throttle_tick_tcg": 0.0,  # how late, at most, a throttle tick is under TCG
     "qemu_sync_handover": 0.0,  # from a throttled vCPU's waking until the sync that waited for it goes on, under TCG
     "qemu_postcopy_page": 3_000.0,  # sent, received, placed with UFFDIO_COPY
+    # from a fault to its page, but for the wire and the queue before it: 0.57 ms with postcopy-preempt and 4 KiB pages
+    # over 10 Gbit/s (QEMU's series of January 2022), less a round trip of about 0.1 ms
+    "qemu_postcopy_request": 470_000.0,
     "qemu_postcopy_discard_page": 130.0,  # a dirty page named to the destination and discarded there
     **compression.ASSUMED_NS,
     **dirty_rate.ASSUMED_NS,
@@ -144,6 +150,9 @@ class QemuCosts:
             normal_bytes=normal_bytes,
             zero_bytes=zero_bytes,
             clear_stopped_ps=round(self.ns("kvm_clear_stopped") * PS_PER_NS),
+            clear_table_ps=round(self.ns("kvm_clear_table") * PS_PER_NS),
+            get_ps=round(self.ns("kvm_get") * PS_PER_NS),
+            get_page_ps=round(self.ns("kvm_get_page") * PS_PER_NS),
         )
 
     def _page_ns(self) -> float:

@@ -15,8 +15,9 @@ from msgspec import structs
 
 from migsim import dirty_rate
 from migsim.fused import FusedRam
-from migsim.host_costs import HostCosts, Meters, RoundRow
+from migsim.host_costs import HostCosts
 from migsim.kvm.vm import TraceSink
+from migsim.meters import Meters, RoundRow
 from migsim.migration import mapped_ram, wire
 from migsim.migration.events import both_sides
 from migsim.migration.precopy import Interrupted, Knobs, Limits, Precopy, RoundLog
@@ -127,7 +128,8 @@ def run(
         fault(world, ram)
     world.vm.trace_sink = trace
     watch = Watch(world.vm.mmu.state) if verify else None
-    meters = host.meters(world.workload, ram, world.meter.totals, len(world.slots))
+    meters = host.meters(world.workload, ram, world.meter.totals)
+    world.before_stop_or_resume, world.pages_asked_for = meters.stop_or_resume, meters.pages_asked_for
     loop = Precopy(
         wire_ram(scenario, ram, world, costs), world, _knobs(scenario), costs.loop(), _limits(scenario),
         lambda now: link_bytes_per_s(scenario, now),
@@ -140,7 +142,7 @@ def run(
         interrupted = True
     if watch is not None and not interrupted:
         watch.at_the_end()
-    meters.finish(loop.now_ns if loop.stopped_ns is None else loop.stopped_ns, loop.rounds)
+    meters.finish(loop.now_ns, loop.rounds)
     result = _result(scenario, seed, world, ram, loop, costs, verify, interrupted, host, meters)
     return structs.replace(result, dirty_rate=rates) if rates else result
 
@@ -167,6 +169,9 @@ class _Reporter:
     def __call__(self, loop: Precopy) -> None:
         if self.watch is not None:
             self.watch.between_windows(loop.stats.dirty_sync_count, loop.now_ns)
+        if loop.status == "postcopy-active":
+            resumed_ns = next(at for at, name, _ in reversed(loop.events) if name == "RESUME")
+            self.meters.postcopy(loop.now_ns, resumed_ns, loop.ram.dirty_pages)
         slowdown = self.meters.window(loop.now_ns, loop.rounds)
         if slowdown is not None:
             self.world.workload.set_pace(self.world.workload.duty, slowdown)
@@ -209,13 +214,13 @@ def _round(row: RoundLog) -> Round:
     )  # fmt: skip
 
 
-def _costed(row: Round, cost: RoundRow, costs: QemuCosts) -> Round:
+def _costed(row: Round, cost: RoundRow, costs: QemuCosts, pages: int) -> Round:
     """The round with what it cost; the migration thread's own work on top of KVM's (multifd's channels are others)."""
     page, zero = ("qemu_page_multifd",) * 2 if costs.multifd else ("qemu_page", "qemu_zero_page")
-    own = row.sent_pages * costs.ns(page) + row.zero_pages * costs.ns(zero) + costs.ns("qemu_sync")
+    own = row.sent_pages * costs.ns(page) + row.zero_pages * costs.ns(zero)
+    own += costs.ns("qemu_sync") + pages * costs.ns("qemu_sync_page")
     thread = cost.migration_thread_cpu_ns + round(own)
-    costed = structs.replace(row, **{**asdict(cost), "migration_thread_cpu_ns": thread})
-    return structs.replace(costed, guest_throughput_share=0.0) if row.stopped else costed
+    return structs.replace(row, **{**asdict(cost), "migration_thread_cpu_ns": thread})
 
 
 def _result(
@@ -223,7 +228,7 @@ def _result(
     interrupted: bool, host: HostCosts, meters: Meters,
 ) -> Result:  # fmt: skip
     converged = loop.status == "completed"
-    rounds = tuple(_costed(_round(row), meters.row(row.sync), costs) for row in loop.rounds)
+    rounds = tuple(_costed(_round(row), meters.row(row.sync), costs, world.memory.pages) for row in loop.rounds)
     parts = tuple(DowntimePart(name=name, duration_ns=ns, about=ABOUT[name]) for name, ns in loop.parts)
     checked = _verify(world, ram, converged) if verify else {}
     migration = loop.stats.reply(loop.status, ram.dirty_pages)
@@ -244,7 +249,7 @@ def _result(
             "assumed-ns": costs.assumed_costs(),
             "not-modelled": scenario.migration.not_modelled(),
             "clear-calls": ram.clear_calls,
-            "rearmed-pages": ram.rearmed_pages,
+            "rearmed-pages": ram.rearmed_pages + ram.harvested_pages,
             "memory": _host_memory(world),
         },
         verify=checked,

@@ -6,7 +6,7 @@ passes, write clocks advance; when somebody looks, the guest's writes are drawn 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +27,6 @@ from migsim.kvm.vm import Vm
 from migsim.migration.policies.auto_converge import ThrottleTimer, cycle_of
 from migsim.migration.policies.dirty_limit import throttled_rate
 from migsim.migration.policies.protocol import VcpuDirtyRate
-from migsim.migration.postcopy import requests
 from migsim.migration.zero_pages import rule_of
 from migsim.qemu_costs import QemuCosts
 from migsim.scenario import Guest, Scenario
@@ -120,6 +119,9 @@ class World:
         self.workload = Workload(streams, self.memory.chunks, stream_key(seed))
         self._start_streams()
         self.throttle = ThrottleTimer()
+        # Who keeps the costs: told the time before either, and asked for what faults of post-copy fetched.
+        self.before_stop_or_resume: Callable[[int], None] = lambda now_ns: None
+        self.pages_asked_for: Callable[[], int] = lambda: 0
         self._buffers = np.zeros((2, CHUNK_WORDS), dtype=np.uint64)
         self._summary = np.zeros(SUMMARY_WORDS, dtype=np.uint64)
         self._by_slot = {of.slot.id: of for of in self.slots}
@@ -222,11 +224,13 @@ class World:
 
     def stop(self) -> int:
         """vm_stop: no write happens from here on."""
+        self.before_stop_or_resume(self.workload.now_ns)
         self.workload.set_pace(0.0, 1.0)
         return self.costs.stop_ns()
 
     def resume(self) -> None:
         """The guest runs again."""
+        self.before_stop_or_resume(self.workload.now_ns)
         self.workload.set_pace(1.0, 1.0)
 
     def set_throttle(self, percentage: int) -> None:
@@ -276,13 +280,9 @@ class World:
                 stream, rate = next(rates)
                 yield config, stream, float(rate)
 
-    def missing_page_requests(self, missing_pages: int, push_ns: int) -> int:
-        """Post-copy: streams ask for their part of what is missing."""
-        asked = 0
-        for stream in self.workload.streams:
-            part = min(missing_pages, stream.end - stream.first)
-            asked += requests(part, stream.end - stream.first, stream.pages_per_s, push_ns / NS_PER_S)
-        return min(asked, missing_pages)
+    def missing_page_requests(self) -> int:
+        """Post-copy: what the destination's faults asked for."""
+        return self.pages_asked_for()
 
     # -- writes one by one: the readable form of fused_kernels.catch_up_chunk ----------------------------------------
 

@@ -37,6 +37,9 @@ class RamState(Protocol):
     def clear_ps(self) -> int:
         """What all CLEARs so far cost at the present price; differences count while the price stands."""
 
+    def get_ps(self) -> int:
+        """The same of GETs that re-arm pages at once, without manual protection."""
+
     def dirty_runs(self) -> int:
         """Ranges of dirty pages that follow one another: what post-copy's discard commands list."""
 
@@ -71,8 +74,8 @@ class Machine(Protocol):
     def set_vcpu_sleeps(self, sleeps_us: list[int]) -> None:
         """us each vCPU sleeps at a full ring from now on."""
 
-    def missing_page_requests(self, missing_pages: int, push_ns: int) -> int:
-        """Post-copy: how many pages the running guest asked for while `missing_pages` were pushed over `push_ns`."""
+    def missing_page_requests(self) -> int:
+        """Post-copy: how many pages the running guest has asked for."""
 
 
 @dataclass(frozen=True)

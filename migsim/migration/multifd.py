@@ -69,6 +69,9 @@ class MultifdRam:
     def clear_ps(self) -> int:
         return self.ram.clear_ps()
 
+    def get_ps(self) -> int:
+        return self.ram.get_ps()
+
     def dirty_runs(self) -> int:
         return self.ram.dirty_runs()
 

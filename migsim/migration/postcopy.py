@@ -6,12 +6,12 @@ state goes over as one package and the guest runs there. Then the rest is pushed
 max-postcopy-bandwidth while faults ask for pages out of turn. The source guest never runs again.
 
 A requested page is one of the dirty ones, sent earlier than its turn: requests change the order, hence the guest's
-stall, not the number of pages. What a fault costs the destination is `fault_latency_ns`.
+stall, not the number of pages. What a fault costs the destination is `fault_latency_ns`; how often it pays that, and
+what it then writes, is perf.postcopy_faults.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,10 +23,12 @@ from migsim.units import NS_PER_MS, NS_PER_S
 if TYPE_CHECKING:
     from migsim.migration.precopy import Precopy
 
-__all__ = ["FaultCosts", "fault_latency_ns", "requests", "run"]
+__all__ = ["QUEUED_BYTES", "FaultCosts", "fault_latency_ns", "run"]
 
 MAX_WAIT_PS = 50 * NS_PER_MS * PS_PER_NS
 COMMAND = 1 + 2 + 2  # QEMU_VM_COMMAND, be16 command, be16 length
+QUEUED_BYTES = 12.6e6  # in the sockets of one stream before a page asked for: QEMU's postcopy-preempt series, January
+# 2022, 4 KiB pages over 10 Gbit/s, from a fault to its page 10.68 ms without and 0.57 ms with a channel of its own
 RANGES = 12  # ranges a POSTCOPY_RAM_DISCARD command names, behind a version, the block's name and its zero byte
 RANGE = 8 + 8  # be64 start and length
 PACKAGE = COMMAND + 4 + COMMAND + COMMAND  # CMD_PACKAGED with be32 length, in it POSTCOPY_LISTEN and POSTCOPY_RUN
@@ -46,20 +48,6 @@ def fault_latency_ns(costs: FaultCosts, link_latency_ns: float) -> float:
     return costs.userfault_ns + 2 * link_latency_ns + (1 + costs.queued_pages) * costs.page_ns
 
 
-def requests(missing_pages: int, working_set_pages: int, writes_per_s: float, push_s: float) -> int:
-    """Pages asked for out of turn while `missing_pages` of a working set are pushed evenly over `push_s`.
-
-    Uniform writes: at time t a write hits a page still missing with probability m(t)/ws, m falling by the push and by
-    the requests; the expectation of the hits, one a page.
-    """
-    if not missing_pages or not working_set_pages or push_s <= 0:
-        return 0
-    rate = writes_per_s / working_set_pages  # visits a page and second
-    # a page whose turn comes at time t (uniform in push_s) was asked for before with 1 - exp(-rate t)
-    asked = 1.0 - (1.0 - math.exp(-rate * push_s)) / (rate * push_s) if rate > 0 else 0.0
-    return round(missing_pages * asked)
-
-
 def run(loop: Precopy) -> bool:
     """From the switch to the end; False if it was called off before the guest moved.
 
@@ -70,8 +58,8 @@ def run(loop: Precopy) -> bool:
         return False
     loop.why = ""
     loop.window.restart(loop.clock.ms(loop.now_ns))
-    before = loop.ram.dirty_pages
-    pushed_from = loop.now_ns
+    if loop.progress is not None:
+        loop.progress(loop)
     while loop.ram.dirty_pages:
         if loop.failure is not None and loop.link_failed():
             failure, loop.failure = loop.failure, None
@@ -80,7 +68,7 @@ def run(loop: Precopy) -> bool:
         _push(loop)
         if loop.progress is not None:
             loop.progress(loop)
-    loop.stats.postcopy_requests = loop.machine.missing_page_requests(before, loop.now_ns - pushed_from)
+    loop.stats.postcopy_requests = loop.machine.missing_page_requests()
     switchover.finish(loop)
     return True
 

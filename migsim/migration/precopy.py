@@ -226,11 +226,13 @@ class Precopy:
         if self._last_sync_ms is None:
             self._last_sync_ms = self.clock.ms(start)
         self.stats.dirty_sync_count += 1
+        before_ps = self.ram.get_ps()
         new = self.ram.sync()
+        rearm_ns = (self.ram.get_ps() - before_ps) // PS_PER_NS
         pages = self.stats.total_bytes // PAGE_SIZE
         stopped = self.guest_stopped
         wait_ns = 0 if stopped else self.machine.sync_wait_ns()
-        self.pass_time(self.costs.sync_ns + pages * self.costs.sync_page_ps // PS_PER_NS + wait_ns)
+        self.pass_time(self.costs.sync_ns + pages * self.costs.sync_page_ps // PS_PER_NS + rearm_ns + wait_ns)
         self.period_dirty += new
         self.stats.dirty_bytes_last_sync = self.ram.dirty_pages * PAGE_SIZE
         self.rounds.append(RoundLog(self.stats.dirty_sync_count, start, self.ram.dirty_pages, new, stopped=stopped))

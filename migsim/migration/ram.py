@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from migsim.guest.memory import GuestMemory, RamBlock
+from migsim.migration import marked
 from migsim.migration.ram_kernels import (
     DUPLICATE,
     ELAPSED_PS,
@@ -56,6 +57,9 @@ class SaveCosts:
     normal_bytes: int
     zero_bytes: int
     clear_stopped_ps: int | None = None  # one CLEAR with every vCPU out of the guest; None: as ever
+    clear_table_ps: int = 0  # each table a CLEAR splits a huge page into
+    get_ps: int = 0  # one GET that re-arms, without manual protection, beyond copying the bitmap
+    get_page_ps: int = 0  # and each page it re-arms
 
 
 @dataclass
@@ -140,7 +144,9 @@ class Ram:
         self.last_sent_block = -1  # the stream names a block only when it changes
         self.names_blocks = True  # not where pages go to places of their own (mapped-ram)
         self.first_pages = 0  # pages of data sent with their block's name
-        self.rearmed_pages = self.clear_calls = 0
+        self.rearmed_pages = self.clear_calls = self.split_in_clear = 0
+        self.harvests = self.harvested_pages = 0  # GETs without manual protection that took a bit, and their bits
+        self.split_tables: Callable[[], int] = _no_tables  # tables KVM has split huge pages into so far
 
     @property
     def total_bytes(self) -> int:
@@ -175,11 +181,25 @@ class Ram:
 
     def clear_ps(self) -> int:
         """Time of all CLEARs so far, at the present price."""
-        return self.clear_calls * self.costs.clear_ps + self.rearmed_pages * self.costs.clear_page_ps
+        c = self.costs
+        pages_ps = self.rearmed_pages * c.clear_page_ps + self.split_in_clear * c.clear_table_ps
+        return self.clear_calls * c.clear_ps + pages_ps
+
+    def get_ps(self) -> int:
+        """Time of all GETs that re-armed, so far and at the present price; nothing with manual protection."""
+        return self.harvests * self.costs.get_ps + self.harvested_pages * self.costs.get_page_ps
 
     def dirty_runs(self) -> int:
         """Ranges of consecutive dirty pages, counted block by block."""
-        return sum(_runs(state.bmap) for state in self.blocks)
+        return sum(marked.runs(state.bmap) for state in self.blocks)
+
+    def dirty_between(self, first: int, end: int) -> int:
+        """How many of the guest pages [first, end) are marked now."""
+        total = 0
+        for state in self.blocks:
+            base = state.block.first_page
+            total += marked.between(state.bmap, max(first - base, 0), min(end - base, state.block.pages))
+        return total
 
     # -- sync (migration_bitmap_sync) --------------------------------------------------------------------------------
 
@@ -197,6 +217,12 @@ class Ram:
 
     def _log_sync(self, slot: KvmSlot) -> None:
         self.kvm.get_dirty_log(slot.id, slot.dirty_bmap)
+        if not self.lazy_clear:
+            self.count_harvest(int(np.bitwise_count(slot.dirty_bmap).sum()))
+
+    def count_harvest(self, taken: int) -> None:
+        """A GET without manual protection took `taken` bits and re-armed their pages."""
+        self.harvests, self.harvested_pages = self.harvests + (taken > 0), self.harvested_pages + taken
 
     def _merge(self, state: BlockState, slot: KvmSlot) -> int:
         state.bmap.settle_range(slot.first, slot.pages)
@@ -266,11 +292,14 @@ class Ram:
             if start >= stop:
                 continue
             known = slot.dirty_bmap[start >> 6 : words_of(stop)]
-            count = int(np.bitwise_count(known).sum())
+            count, before = int(np.bitwise_count(known).sum()), self.split_tables()
             self.kvm.clear_dirty_log(slot.id, start, stop - start, known)
             known[:] = 0
             self.clear_calls, self.rearmed_pages = self.clear_calls + 1, self.rearmed_pages + count
-            cost += self.costs.clear_ps + count * self.costs.clear_page_ps
+            split = self.split_tables() - before
+            self.split_in_clear += split
+            c = self.costs
+            cost += c.clear_ps + count * c.clear_page_ps + split * c.clear_table_ps
         return cost
 
     def send_chunk(self, state: BlockState, page: int, limits: SaveLimits, vector: Ints) -> int:
@@ -293,20 +322,9 @@ class Ram:
         return int(why)
 
 
-def _runs(bmap: Plane) -> int:
-    """Runs of ones in a plane, a chunk at a time; a chunk of all ones is looked at no closer."""
-    runs, carry, top = 0, 0, np.uint64(63)
-    for chunk in range(len(bmap.full)):
-        if bmap.full[chunk]:
-            runs, carry = runs + (not carry), 1
-            continue
-        words = bmap.words[bmap.chunk_words(chunk)]
-        before = np.empty_like(words)  # each page's predecessor, in its place
-        before[1:], before[0] = words[:-1] >> top, carry
-        before |= words << np.uint64(1)
-        runs += int(np.bitwise_count(words & ~before).sum())
-        carry = int(words[-1] >> top)
-    return runs
+def _no_tables() -> int:
+    """Nothing here splits huge pages."""
+    return 0
 
 
 def _words(pages: int) -> Words:

@@ -127,6 +127,9 @@ class XbzrleRam:
     def clear_ps(self) -> int:
         return self.ram.clear_ps()
 
+    def get_ps(self) -> int:
+        return self.ram.get_ps()
+
     def dirty_runs(self) -> int:
         return self.ram.dirty_runs()
 

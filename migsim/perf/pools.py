@@ -30,6 +30,11 @@ class FirstWrites:
     fast: float = 0.0
     locked: float = 0.0
 
+    @property
+    def total(self) -> float:
+        """All of them: what a dirty ring gets an entry for."""
+        return self.logged + self.fast + self.locked
+
 
 class Pools:
     """Pages per stream: `logged` (D clear), `protected` (W clear, 4K), `huge` (W clear, above 4K), `small` (mapped 4K).

@@ -36,12 +36,13 @@ class StallHistogram:
         self._spread(below, times)
         self.total_ns += times * (shift_ns + mean_ns)
 
-    def add_uniform(self, longest_ns: float, times: float) -> None:
-        """`times` stalls spread evenly over 0..longest: caught at a random moment of somebody's hold."""
+    def add_uniform(self, longest_ns: float, times: float, shift_ns: float = 0.0) -> None:
+        """`times` stalls of `shift_ns` plus 0..longest, evenly: caught at a random moment of somebody's hold."""
         if longest_ns <= 0:
+            self.add(shift_ns, times)
             return
-        self._spread(np.minimum(_BOUNDS_NS / longest_ns, 1.0), times)
-        self.total_ns += times * longest_ns / 2
+        self._spread(np.clip((_BOUNDS_NS - shift_ns) / longest_ns, 0.0, 1.0), times)
+        self.total_ns += times * (shift_ns + longest_ns / 2)
 
     def _spread(self, below: NDArray[np.float64], times: float) -> None:
         self.counts += times * np.diff(np.concatenate(([0.0], below, [1.0])))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from migsim import simulation
 from migsim.expectation import surprises
 from migsim.migration.events import expected_order
-from migsim.migration.ram import _runs
+from migsim.migration.marked import runs
 from migsim.perf.migration_thread import clear_cost
 from migsim.perf.profile import load_profile
 from migsim.perf.rules import default_kernel, rules_for
@@ -129,7 +129,7 @@ def test_runs_of_dirty_pages_are_counted_across_words_and_chunks(ranges: list[tu
     plane.words[:] = np.packbits(ones, bitorder="little").view(np.uint64)
     if full:
         plane.full[1], ones[CHUNK_PAGES:] = 1, True
-    assert _runs(plane) == int(np.sum(np.diff(np.concatenate([[False], ones]).astype(np.int8)) == 1))
+    assert runs(plane) == int(np.sum(np.diff(np.concatenate([[False], ones]).astype(np.int8)) == 1))
 
 
 def test_xbzrle_tells_its_cache_and_its_rates() -> None:

@@ -1,0 +1,71 @@
+"""Post-copy's closed loop: a guest that runs while pages are missing, and stalls at each it touches first.
+
+A write to a missing page stops its vCPU until the page has come: the request crosses the link, the source answers one
+request after the other, the page comes back behind what the sockets hold already, and is placed. A vCPU that waits
+writes nothing, so faults hold each other back: the vCPUs are customers, the source's answering the station. Expected
+values; reads of missing pages are not in the workload and not counted, so the stall errs towards the short.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migsim.perf.locks import solve
+from migsim.perf.slowdown import RARE
+from migsim.perf.stalls import StallHistogram
+
+__all__ = ["PostcopyFaults"]
+
+Floats = NDArray[np.float64]
+
+
+class PostcopyFaults:
+    """One switched guest. pages, missing: float64[S], each stream's range and how much of it was dirty at the switch.
+
+    sweeps: bool[S]; latency_ns: from a fault to its page but for other requests; answer_ns: the source's time a page.
+    """
+
+    def __init__(
+        self, vcpus: int, pages: Floats, missing: Floats, sweeps: NDArray[np.bool_], latency_ns: float, answer_ns: float
+    ) -> None:
+        self.vcpus, self.latency_ns, self.answer_ns = vcpus, latency_ns, answer_ns
+        self.pages, self.missing, self.sweeps = np.maximum(pages, 1.0), missing, sweeps
+        self.written: Floats = np.zeros(len(pages))
+        self.faults = self.done = self.wanted = 0.0
+        self.stalls = StallHistogram()
+
+    @property
+    def guest_throughput_share(self) -> float:
+        """Writes made over writes wanted since the guest runs at the destination, 0..1."""
+        return min(self.done / self.wanted, 1.0) if self.wanted else 1.0
+
+    def chances(self, left: float) -> Floats:
+        """Chance, by stream, that a write meets a missing page while `left` (0..1) of the missing are not pushed."""
+        touched = self.written / self.pages
+        untouched = np.where(self.sweeps, (touched < 1.0).astype(np.float64), np.exp(-touched))
+        hit: Floats = self.missing / self.pages * left * untouched
+        return hit
+
+    def advance(self, duration_ns: float, rates: Floats, left: float) -> float:
+        """The guest ran for `duration_ns` and wants `rates` writes a ns, float64[S]; faults taken meanwhile."""
+        wanted = float(rates.sum())
+        if wanted <= 0.0 or duration_ns <= 0.0:
+            return 0.0
+        chance = float(rates @ self.chances(left)) / wanted
+        done, wait = wanted * duration_ns, 0.0
+        if chance > RARE:
+            think = self.vcpus / wanted / chance + self.latency_ns
+            network = solve((self.answer_ns,), think, self.vcpus)
+            done = min(network.throughput * duration_ns / chance, done)
+            wait = network.waiting_ns(0)
+        faults = done * chance
+        self.stalls.add_exponential(wait, faults, self.latency_ns + self.answer_ns)
+        self.written += rates / wanted * done
+        self.faults, self.done, self.wanted = self.faults + faults, self.done + done, self.wanted + wanted * duration_ns
+        return faults
+
+    def stand_still(self, duration_ns: float, rates: Floats) -> None:
+        """Nothing could be fetched for `duration_ns` (a broken link): every vCPU stands at a missing page soon."""
+        self.wanted += float(rates.sum()) * duration_ns
+        self.stalls.add(duration_ns, self.vcpus)
