@@ -27,6 +27,7 @@ ASSUMED_NS: Mapping[str, float] = {
     "multifd_requeue_busy": 0.0,  # a share: full packets whose last page QEMU up to 8.1 queues twice, busy guest
     "multifd_requeue_idle": 0.0,  # the same beside an idle guest
     "qemu_page_after_sleep": 1600.0,  # the same in a thread that sleeps most of each window: caches and clock are cold
+    "qemu_page_untouched": 2600.0,  # a page whose place at the destination is not there yet: a fault and 4 KiB cleared
     "qemu_page_kvm": 0.0,  # more, where reading guest memory costs KVM's shadow pages something
     "qemu_zero_page": 350.0,  # read 4 KiB, find nothing
     "qemu_bitmap_word": 1.0,
@@ -121,8 +122,11 @@ class QemuCosts:
             return "multifd_page_zero_copy"
         return "multifd_page_direct_io" if m.direct_io and self.mapped_ram else "multifd_page"
 
-    def save(self, link_bytes_per_s: float) -> SaveCosts:
-        """Costs of a page on a link of that speed: the slowest of thread, channels and wire sets the pace."""
+    def save(self, link_bytes_per_s: float, *, first_pass: bool = False) -> SaveCosts:
+        """Costs of a page on a link of that speed: the slowest of thread, channels and wire sets the pace.
+
+        In the first pass over RAM a destination that was started without its memory is the slowest.
+        """
         thread_ns, zero_ns, normal_bytes = self._page_ns(), self.ns("qemu_zero_page"), NORMAL_PAGE
         wire_bytes, zero_bytes = float(normal_bytes), 0 if self.mapped_ram else ZERO_PAGE
         if self.multifd:
@@ -141,6 +145,9 @@ class QemuCosts:
         elif self.tls:
             thread_ns += self.ns("tls_byte") * NORMAL_PAGE
             wire_bytes = compression.tls_wire_bytes(NORMAL_PAGE)
+        if first_pass and not (self.scenario.host.destination_prealloc or self.mapped_ram):
+            receivers = self.scenario.migration.multifd_channels if self.multifd else 1
+            thread_ns = max(thread_ns, self.ns("qemu_page_untouched") / receivers)
         return SaveCosts(
             normal_ps=round(max(thread_ns * PS_PER_NS, _wire_ps(wire_bytes, link_bytes_per_s))),
             zero_ps=round(max(zero_ns * PS_PER_NS, _wire_ps(zero_bytes, link_bytes_per_s))),

@@ -120,7 +120,8 @@ def run(
 
     lazy = scenario.kvm.lazy_clear
     speed = link_bytes_per_s(scenario, 0)
-    ram = Ram(world.memory, world.vm, world.slot_ids, costs.save(speed), lazy, tick, with_bitmaps=not bulk)
+    page = costs.save(speed, first_pass=True)
+    ram = Ram(world.memory, world.vm, world.slot_ids, page, lazy, tick, with_bitmaps=not bulk)
     if bulk:
         count = threads or min(THREADS_MAX, os.cpu_count() or 1)
         ram = FusedRam(ram, world.kvm_slots, world.workload, now, count, verify)
@@ -164,7 +165,7 @@ class _Reporter:
     ) -> None:  # fmt: skip
         self.progress, self.scenario, self.ram, self.costs = progress, scenario, ram, costs
         self.world, self.meters, self.watch = world, meters, watch
-        self.next_ns = 0
+        self.next_ns, self.first_pass = 0, not scenario.host.destination_prealloc
 
     def __call__(self, loop: Precopy) -> None:
         if self.watch is not None:
@@ -175,8 +176,7 @@ class _Reporter:
         slowdown = self.meters.window(loop.now_ns, loop.rounds)
         if slowdown is not None:
             self.world.workload.set_pace(self.world.workload.duty, slowdown)
-        if self.scenario.link.phases:
-            self.ram.costs = self.costs.save(link_bytes_per_s(self.scenario, loop.now_ns))
+        self._price_pages(loop)
         if self.progress is None or loop.now_ns < self.next_ns:
             return
         self.next_ns = loop.now_ns + PROGRESS_NS
@@ -187,6 +187,14 @@ class _Reporter:
                 rounds=tuple(_round(row) for row in loop.rounds),
             )
         )  # fmt: skip
+
+    def _price_pages(self, loop: Precopy) -> None:
+        """The link's share of the moment; and once every page has been sent, the destination has memory for each."""
+        sent = loop.stats.normal_pages + loop.stats.zero_pages
+        first_pass = self.first_pass and sent * PAGE_SIZE < loop.ram.total_bytes
+        if self.scenario.link.phases or first_pass != self.first_pass:
+            self.ram.costs = self.costs.save(link_bytes_per_s(self.scenario, loop.now_ns), first_pass=first_pass)
+        self.first_pass = first_pass
 
 
 def _knobs(scenario: Scenario) -> Knobs:

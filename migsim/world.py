@@ -137,7 +137,7 @@ class World:
     def _paced(self, stream: Stream, config: WorkloadConfig) -> Stream:
         """What the accelerator makes of a stream: its speed limit, and under TCG what syncs and TLB resets take."""
         tcg = self.scenario.kvm.accel == "tcg"
-        if tcg:
+        if tcg and not config.catch_up:
             stream = replace(stream, pages_per_s=stream.pages_per_s * (1.0 - self.costs.ns("qemu_tcg_slowdown")))
         if not config.catch_up or not stream.pages_per_s:
             return stream

@@ -109,9 +109,11 @@ class MultifdRam:
         sum_.zero += sent.duplicate
         listed = sent.duplicate if self.zero_on_channels else 0
         sum_.main_bytes += sent.page_bytes - sent.normal - listed + self.zero_bytes * (sent.duplicate - listed)
-        full = sent.normal + listed >= room - twice
-        self.owed += self.requeue * packets - twice if full else 0.0
-        sum_.queue(sent.normal + (twice if full else 0), listed)
+        if sent.normal + listed < room - twice:  # cut short: only packets that were filled had a last page
+            packets = (sum_.queued + sent.normal + listed) // MULTIFD_PACKET_PAGES
+            twice = int(self.owed + self.requeue * packets)
+        self.owed += self.requeue * packets - twice
+        sum_.queue(sent.normal + twice, listed)
         return sent.why
 
     def _barrier(self, why: int) -> int:

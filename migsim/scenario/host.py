@@ -85,9 +85,13 @@ class Storage(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_
 
 
 class Host(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
-    """Whose costs are charged: the name of a host profile."""
+    """Whose costs are charged: the name of a host profile; and how the destination was started."""
 
     profile: str = "default"
+    destination_prealloc: Annotated[
+        bool,
+        Meta(description="the destination's guest memory is there at the start; else each page is got when it arrives"),
+    ] = True
 
 
 class Expect(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):

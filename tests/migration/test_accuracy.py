@@ -10,6 +10,7 @@ import pytest
 
 from migsim import accuracy
 from migsim.accuracy import RecordingError
+from migsim.accuracy.replayed import writes_per_s
 
 
 def recording(**config: Any) -> dict[str, Any]:
@@ -96,7 +97,15 @@ def drop(*path: str) -> dict[str, Any]:
         (recording() | {"guest": []}, "the field guest must be an object"),
         (recording() | {"migrate_capabilities_on": "multifd"}, "migrate_capabilities_on must be a list"),
         (recording() | {"qemu": "10.0.2"}, "recorded with QEMU 10.0.2"),
-        (recording(pattern="spiral", rate=5), "the field spiral is missing"),
+        (recording(pattern="spiral", rate=5), "config.pattern must be one of uniform, sequential, hotcold"),
+        (recording(accel="xen"), "config.accel must be one of tcg, kvm"),
+        (recording(hot_pages_pct="10"), "the field config.hot_pages_pct must be a number"),
+        (recording(limit_s=float("nan")), "the field config.limit_s must be a number"),
+        (recording() | {"id": 7}, "the field id must be a name"),
+        (recording() | {"result": {"status": "postcopy-active"}}, "result.status must be one of completed"),
+        (recording() | {"result": {"status": "completed", "rounds": "3"}}, "the field result.rounds must be a number"),
+        (recording() | {"migrate_capabilities_on": [1]}, "migrate_capabilities_on must be a list"),
+        (recording() | {"migrate_parameters": {"max-bandwidth": "100M"}}, "max-bandwidth"),
         (recording() | {"migrate_parameters": {"max-bandwidth": -5}}, "max-bandwidth"),
     ],
 )
@@ -104,6 +113,50 @@ def test_bad_recordings_are_one_sentence(tmp_path: Path, data: object, text: str
     assert accuracy.main([str(written(tmp_path, data))]) == 2
     told = capsys.readouterr().err
     assert text in told and told.startswith("accuracy: a.json: ") and told.count("\n") == 1
+
+
+def test_the_guest_keeps_the_rate_it_was_told_unless_it_falls_short_for_good() -> None:
+    facts = accuracy.given(recording(rate=10000))
+    assert writes_per_s(facts | {"pre": {"writes_per_s": 9950.0}}) == 10000.0
+    assert writes_per_s(facts | {"pre": {"writes_per_s": 10003.0}}) == 10000.0
+    assert writes_per_s(facts | {"pre": {"writes_per_s": 9000.0}}) == 9000.0
+
+
+def test_a_destination_without_its_memory_sets_the_pace_of_the_first_pass_alone() -> None:
+    """Really: 1512 ms without a limit, and 7120 ms at 100 MB/s, where it is fast enough."""
+    unlimited = {"max-bandwidth": 0, "downtime-limit": 300}
+    slow, fast = (
+        accuracy.predict(accuracy.given(recording(prealloc=there) | {"migrate_parameters": unlimited}))[0]
+        for there in (False, True)
+    )
+    assert abs(slow["total_time_ms"] / 1512 - 1) < 0.1 and abs(slow["downtime_events_ms"] / 274 - 1) < 0.1
+    assert fast["total_time_ms"] < 250
+    limited = [
+        accuracy.predict(accuracy.given(recording(rate=10000, ws_mib=256, prealloc=there)), seeds=(1,))[0]
+        for there in (False, True)
+    ]
+    assert abs(limited[0]["total_time_ms"] - limited[1]["total_time_ms"]) < 5
+
+
+def test_bands_name_what_is_outside() -> None:
+    entry = {"id": "a", "measured": accuracy.measured(recording()), "predicted": accuracy.measured(recording())}
+    assert all(band.holds for band in accuracy.bands_of([entry]))
+    off = entry | {"predicted": entry["predicted"] | {"rounds": 5, "total_time_ms": 5100, "downtime_events_ms": 16.0}}
+    held = {band.name.split()[0]: band for band in accuracy.bands_of([off])}
+    assert [name for name, band in held.items() if not band.holds] == ["total", "syncs", "downtime"]
+    assert held["syncs"].outside == ("a",)
+    many = {"rounds": 30}
+    for rounds, holds in ((32, True), (33, False)):
+        far = entry | {"measured": entry["measured"] | many, "predicted": entry["predicted"] | {"rounds": rounds}}
+        assert next(band for band in accuracy.bands_of([far]) if "syncs" in band.name).holds == holds
+
+
+def test_a_prediction_is_the_middle_of_its_draws() -> None:
+    facts = accuracy.given(recording(rate=20000, ws_mib=400))
+    runs = [accuracy.predict(facts, seeds=(seed,))[0] for seed in (1, 2, 3)]
+    middle = accuracy.predict(facts, seeds=(1, 2, 3))[0]
+    for key in ("rounds", "total_time_ms", "transferred", "downtime_events_ms"):
+        assert middle[key] == sorted(run[key] for run in runs)[1]
 
 
 def test_an_empty_or_missing_folder_is_one_sentence(tmp_path: Path, capsys: Any) -> None:
