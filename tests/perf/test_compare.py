@@ -36,11 +36,27 @@ def test_the_same_guest_waits_for_the_lock_under_shadow_and_hardly_at_all_under_
 
 def test_the_table_has_a_column_for_each_mmu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--mmu", _TINY]) == 0
-    out = capsys.readouterr().out
-    heading, *rows = out.splitlines()
+    numbers, words = capsys.readouterr().out.split("\n\n")
+    heading, *rows = numbers.splitlines()
     assert heading.split() == list(MMUS)
     assert any("waiting for mmu_lock" in row for row in rows)
-    assert len({len(row) for row in out.splitlines()}) == 1, "columns are aligned"
+    assert len({len(row) for row in numbers.splitlines()}) == 1, "columns are aligned"
+    assert [line.split(":")[0] for line in words.splitlines() if not line.startswith(" ")] == list(MMUS)
+
+
+def test_it_says_where_the_costs_of_each_mmu_come_from() -> None:
+    why = {c.name: c.why for c in by_mmu(load(str(_CONFIGS / "m2-ultramem-416.toml"), ["guest.memory=8 GiB",
+           *(f"guest.workload.{i}.working-set=2 GiB" for i in range(3)), "migration.time-limit=1 min"]))}  # fmt: skip
+    assert "took mmu_lock alone: a store below a huge page drops it" in why["shadow"] and "reverse map" in why["shadow"]
+    assert "took mmu_lock alone: a store below a huge page drops it" in why["tdp-5.10"]
+    assert "touch of each struct page" in why["tdp-5.10"] and "struct page" not in why["tdp"]
+    assert why["tdp"].startswith("no store took mmu_lock; PML logged") and "4,104 splits" in why["tdp"]
+
+
+def test_many_short_rounds_are_explained_by_what_comes_back_in_a_sync() -> None:
+    settings = ["migration.downtime-limit=1 ms", "migration.time-limit=30 s", "guest.workload.0.rate=60000 pages/s"]
+    hovering = {c.name: c.why for c in by_mmu(load(_TINY, settings))}
+    assert all("of its syncs are less than a second apart" in why for why in hovering.values())
 
 
 def test_results_and_scenarios_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
