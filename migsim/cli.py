@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from migsim import __version__
-from migsim.commands.output import open_closed_streams, say, silence_stdout, stdout_problem
+from migsim.commands.output import open_streams, say, silence_stdout, stdout_problem
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 yes, 1 no, 2 bad input, 3 a page was lost, 130 interrupted."""
-    open_closed_streams()
+    open_streams()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
     except SystemExit:  # argparse: --help, or a usage error

@@ -30,7 +30,7 @@ def summary(result: Result, width: int | None = None) -> str:
         textwrap.fill(result.verdict, columns),
         *(textwrap.fill(line, columns) for line in _expectation(result)),
         _rounds(result.rounds, columns),
-        _downtime(result),
+        _downtime(result, columns),
         _dirty_rates(result),
         _counters("Host", result.host, columns),
         _counters("KVM", result.kvm, columns),
@@ -95,7 +95,7 @@ def _table(columns: Sequence[tuple[str, _Cell, int]], rounds: Sequence[Round]) -
 # --- downtime, counters
 
 
-def _downtime(result: Result) -> str:
+def _downtime(result: Result, columns: int) -> str:
     total = sum(part.duration_ns for part in result.downtime)
     if not result.downtime:
         return ""
@@ -104,8 +104,8 @@ def _downtime(result: Result) -> str:
     lines = [f"Blackout {clock(total)}" + ("" if own is None else f" (QEMU's own downtime: {own} ms)")]
     for part in result.downtime:
         share = part.duration_ns / total if total else 0.0
-        bar = "#" * round(share * _BAR)
-        lines.append(f"  {part.name:<{wide}}  {clock(part.duration_ns):>9}  {share:6.1%}  {bar}".rstrip())
+        line = f"  {part.name:<{wide}}  {clock(part.duration_ns):>9}  {share:6.1%}  "
+        lines.append((line + "#" * round(share * _BAR) if len(line) + _BAR <= columns else line).rstrip())
     return "\n".join(lines)
 
 

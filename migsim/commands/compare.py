@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from migsim.commands.bounded import SEED_MAX, Bounded
 from migsim.commands.look import require_memory
-from migsim.commands.output import say
+from migsim.commands.output import printing, say
 from migsim.scenario import ScenarioError, load
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
     from migsim.compare import table
 
     columns = _by_mmu(arguments) if arguments.mmu else _files(arguments)
-    print(table(columns))
+    with printing(delivered=False):
+        print(table(columns))
     return 3 if any(column.result.exit_code == 3 for column in columns) else 0
 
 

@@ -5,17 +5,20 @@ A result that is already in a file is delivered, whatever became of what is prin
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-__all__ = ["destination", "open_closed_streams", "printing", "say", "silence_stdout", "stdout_problem"]
+__all__ = ["destination", "open_streams", "printing", "say", "silence_stdout", "stdout_problem"]
 
 
-def open_closed_streams() -> None:
-    """Where the shell closed stdout or stderr (`>&-`), Python has None: in its place comes one that refuses a write.
+def open_streams() -> None:
+    """Both streams can be written to, or refuse it with an error that says so.
+
+    Where the shell closed one (`>&-`), Python has None: in its place comes one that refuses a write.
 
     The descriptor is taken too, or the next file opened would get it and what others print would land in that file.
     """
@@ -25,6 +28,8 @@ def open_closed_streams() -> None:
     if sys.stderr is None:
         _take(2, os.O_WRONLY)  # nobody is left to tell that nobody is left
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a locale cannot show is told in ASCII, as on stderr
 
 
 def destination(text: str) -> str:

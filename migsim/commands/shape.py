@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from migsim.libvirt import XML_BYTES_MAX, Shape, read_domain, shape_of_xml
 from migsim.scenario import ScenarioError
@@ -58,7 +59,8 @@ def run_shape(arguments: argparse.Namespace) -> int:
         raise ScenarioError("", "give either URI DOMAIN or --xml FILE")
     toml = toml_of(shape_of_xml(text, file=source), source)
     parse(toml, file=source)  # what is printed must run
-    print(toml, end="")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(toml.encode())  # TOML is UTF-8 whatever the locale
     return 0
 
 

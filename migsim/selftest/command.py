@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,7 +12,6 @@ from migsim.commands.bounded import Bounded
 from migsim.commands.look import refuse_unwritable
 from migsim.commands.output import destination, printing, say
 from migsim.scenario import ScenarioError
-from migsim.scenario.load import read_text
 
 if TYPE_CHECKING:
     from migsim.perf.memstress import Memstress
@@ -27,7 +25,6 @@ VCPUS_MAX = 4096  # KVM_MAX_VCPUS at most (Linux 6.7)
 ADDRESS_BITS = 52  # of a guest's physical addresses at most
 ITERATIONS_MAX = 10_000  # a second of work here; the phases of each are printed
 SECONDS_MAX = 86_400
-PROFILE_BYTES_MAX = 1 << 20
 DELAY_MAX_US = 60_000_000
 _SLOTS_MAX = 32763  # selftest.memslot_perf.SLOTS_MAX, KVM's 32764 user slots less the test's own
 _BACKINGS = ("anonymous", "anonymous_thp", "anonymous_hugetlb_2mb", "anonymous_hugetlb_1gb", "shmem", "shared_hugetlb")
@@ -82,8 +79,6 @@ def run_selftest(args: argparse.Namespace) -> int:
 
     if args.json not in (None, "-"):
         refuse_unwritable(args.json)
-    if os.sep in args.host or args.host.endswith(".toml"):
-        read_text(args.host, PROFILE_BYTES_MAX, "a host profile")  # a directory, /dev/zero: refused in a sentence
     try:
         _refuse_foreign_options(args)
         _refuse_too_much_memory(args)

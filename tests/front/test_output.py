@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +100,54 @@ def test_a_whole_file_replaces_the_old_one_and_a_device_is_written_in_place(tmp_
     write_whole(b"gone", "/dev/null")
     with pytest.raises(OSError, match="No space"):
         write_whole(b"lost", "/dev/full")
+
+
+def test_checks_go_on_when_their_reader_leaves_and_the_answer_stays_true():
+    done = shell("check --suite errno -v | true")
+    assert (done.returncode, done.stderr) == (0, "")
+    broken = shell("check --backend examples.atomic_bitmap:OffByOneBitmap -v | true")
+    assert (broken.returncode, broken.stderr) == (1, "")
+
+
+def test_a_result_that_cannot_be_written_is_still_printed(capsys):
+    from migsim.cli import main
+
+    assert main(["run", TINY, "--json", "/dev/full"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("Converges in") and "cannot write the result: No space left" in err
+
+
+def test_a_link_stays_a_link_and_what_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    write_whole(b"1", str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"1"
+    (tmp_path / "loop").symlink_to("loop")
+    check_writable(str(tmp_path / "loop"))
+
+
+def test_stdout_by_its_other_names_is_stdout(tmp_path):
+    done = shell(f"run {TINY} --json /dev/stdout 2>/dev/null")
+    assert from_json(done.stdout.encode()).converged
+
+
+def test_outputs_that_would_overwrite_each_other_are_refused(tmp_path, capsys):
+    from migsim.cli import main
+
+    assert main(["run", TINY, "--json", f"{tmp_path}/r", "--trace", f"{tmp_path}/./r"]) == 2
+    assert "cannot go to the same place" in capsys.readouterr().err
+    assert main(["run", TINY, "--trace", "-"]) == 2
+    assert "takes a file" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "C"}])
+def test_text_that_a_locale_cannot_show_is_no_error(locale, tmp_path):
+    xml = tmp_path / "d.xml"
+    xml.write_text(DOMAIN.replace(">a<", ">gr\u00f6\u00dfe \u20ac<"), encoding="utf-8")
+    words = [sys.executable, "-m", "migsim"]
+    environment = {**os.environ, **locale}
+    shape = subprocess.run([*words, "shape", "--xml", xml], capture_output=True, check=True, env=environment)
+    assert 'name = "gr\u00f6\u00dfe \u20ac"' in shape.stdout.decode("utf-8")
+    odd = tmp_path / "\u00f6.toml"
+    odd.write_bytes(Path(TINY).read_bytes())
+    done = subprocess.run([*words, "compare", odd, TINY], capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
