@@ -144,7 +144,8 @@ def with_writer(services: Sequence[float], think_ns: float, customers: int, writ
     backlog = max(blocked - queued_ahead, 0.0)
     served = queued_ahead + _served_while_away(free, outside, backlog, steady, writer.away_ns)
     period = writer.away_ns + wait + writer.hold_ns
-    return WriterSolution(free, served / period, wait, writer.hold_ns / period)
+    throughput = min(served / period, free.throughput)  # a writer in the way speeds nobody up
+    return WriterSolution(free, throughput, wait, writer.hold_ns / period)
 
 
 def _served_while_away(free: Solution, outside: float, backlog: float, steady: float, away: float) -> float:

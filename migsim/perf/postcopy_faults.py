@@ -52,18 +52,24 @@ class PostcopyFaults:
         wanted = float(rates.sum())
         if wanted <= 0.0 or duration_ns <= 0.0:
             return 0.0
-        chance = float(rates @ self.chances(left)) / wanted
-        done, wait = wanted * duration_ns, 0.0
-        if chance > RARE:
-            think = self.vcpus / wanted / chance + self.latency_ns
-            network = solve((self.answer_ns,), think, self.vcpus)
-            done = min(network.throughput * duration_ns / chance, done)
-            wait = network.waiting_ns(0)
+        chances, share = self.chances(left), rates / wanted
+        done, _ = self._pace(float(share @ chances), wanted, duration_ns)
+        # While it runs the chances fall, from exp(-a) to exp(-a - x) of a uniform stream: their mean over the stretch.
+        x = np.maximum(share * done / self.pages, 1e-12)
+        chance = float(share @ np.where(self.sweeps, chances, chances * -np.expm1(-x) / x))
+        done, wait = self._pace(chance, wanted, duration_ns)
         faults = done * chance
         self.stalls.add_exponential(wait, faults, self.latency_ns + self.answer_ns)
-        self.written += rates / wanted * done
+        self.written += share * done
         self.faults, self.done, self.wanted = self.faults + faults, self.done + done, self.wanted + wanted * duration_ns
         return faults
+
+    def _pace(self, chance: float, wanted: float, duration_ns: float) -> tuple[float, float]:
+        """Writes made in `duration_ns` when each faults with `chance`, and how long a request waits for others."""
+        if chance <= RARE:
+            return wanted * duration_ns, 0.0
+        network = solve((self.answer_ns,), self.vcpus / wanted / chance + self.latency_ns, self.vcpus)
+        return min(network.throughput / chance, wanted) * duration_ns, network.waiting_ns(0)
 
     def stand_still(self, duration_ns: float, rates: Floats) -> None:
         """Nothing could be fetched for `duration_ns` (a broken link): every vCPU stands at a missing page soon."""
