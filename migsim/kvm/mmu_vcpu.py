@@ -11,18 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 from migsim.kvm.levels import PageFault
 from migsim.kvm.mmu_state import MmuState, VcpuSeam, VmSeam
-from migsim.kvm.page_fault import classify, direct_page_fault, error_code, handle_mmio_page_fault
+from migsim.kvm.page_fault import classify, count_result, direct_page_fault, error_code, handle_mmio_page_fault
 from migsim.kvm.roots import Root
 from migsim.kvm.shadow_mmu import ShadowMmu
 from migsim.kvm.spte import SpteFormat
 from migsim.kvm.tdp_mmu import RetPf
 from migsim.kvm.tdp_ops import TdpMmu
 from migsim.units import PAGE_SHIFT
-
-_STAT_OF = {
-    RetPf.FIXED: "pf_fixed", RetPf.EMULATE: "pf_emulate", RetPf.WRITE_PROTECTED: "pf_emulate",
-    RetPf.SPURIOUS: "pf_spurious",
-}  # fmt: skip
 
 
 class VcpuMmu:
@@ -114,13 +109,8 @@ class VcpuMmu:
         if not prefetch:
             self.vm.stats.count_vcpu(vcpu.id, "pf_taken")
         result = direct_page_fault(self.state, root, fault, self._map)
-        self.count_result(vcpu, result, prefetch=prefetch)
+        count_result(self.state, vcpu, result, prefetch=prefetch)
         return result
-
-    def count_result(self, vcpu: VcpuSeam, result: RetPf, *, prefetch: bool = False) -> None:
-        """What a fault came to; of faults nobody took only those that mapped something count (Linux 5.19)."""
-        if result in _STAT_OF and (result == RetPf.FIXED or not prefetch):
-            self.vm.stats.count_vcpu(vcpu.id, _STAT_OF[result])
 
     def _map(self, mmu: MmuState, root: Root, fault: PageFault) -> RetPf:
         return self.parts[-1].map(root, fault)

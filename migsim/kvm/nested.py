@@ -166,6 +166,4 @@ class NestedGuest:
         root = self.load(vcpu)
         if root is None:
             return RetPf.INVALID
-        result = self.shadow.faults.page_fault(vcpu, root, gfn, write=write, exec=exec)
-        self.vm.mmu.count_result(vcpu, result)
-        return result
+        return self.shadow.faults.page_fault(vcpu, root, gfn, write=write, exec=exec)

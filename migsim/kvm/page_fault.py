@@ -15,7 +15,7 @@ from migsim.kvm.host_mm import Gup, HostPage
 from migsim.kvm.levels import PageFault, hugepage_adjust
 from migsim.kvm.make_spte import restore_acc_track
 from migsim.kvm.mmio import check_mmio_spte, mmio_gfn
-from migsim.kvm.mmu_state import MmuState
+from migsim.kvm.mmu_state import MmuState, VcpuSeam
 from migsim.kvm.paging import Sptep
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import ACC_ALL, PG_LEVEL_4K
@@ -27,6 +27,10 @@ PFERR_PRESENT: Final = 1
 PFERR_WRITE: Final = 2
 PFERR_RSVD: Final = 8
 PFERR_FETCH: Final = 16
+_STAT_OF: Final = {
+    RetPf.FIXED: "pf_fixed", RetPf.EMULATE: "pf_emulate", RetPf.WRITE_PROTECTED: "pf_emulate",
+    RetPf.SPURIOUS: "pf_spurious",
+}  # fmt: skip
 
 MapHandler = Callable[[MmuState, Root, PageFault], RetPf]
 
@@ -35,6 +39,12 @@ def error_code(fault: PageFault) -> int:
     """The PFERR_* bits of a fault."""
     flags = ((fault.present, PFERR_PRESENT), (fault.write, PFERR_WRITE), (fault.rsvd, PFERR_RSVD))
     return sum(bit for on, bit in flags if on) | (PFERR_FETCH if fault.exec else 0)
+
+
+def count_result(mmu: MmuState, vcpu: VcpuSeam, result: RetPf, *, prefetch: bool = False) -> None:
+    """What a fault came to; of faults nobody took only those that mapped something count (Linux 5.19)."""
+    if result in _STAT_OF and (result == RetPf.FIXED or not prefetch):
+        mmu.stats.count_vcpu(vcpu.id, _STAT_OF[result])
 
 
 def classify(mmu: MmuState, root: Root, fault: PageFault) -> None:

@@ -58,7 +58,11 @@ class PageLimit:
         self.requested = True
 
     def change(self, goal: int) -> None:
-        """kvm_mmu_change_mmu_pages: what is above goes at once, and then what is left is the limit."""
+        """kvm_mmu_change_mmu_pages: what is above goes at once, and then what is left is the limit.
+
+        Of a nested guest that may be its root alone, as pages below one that is zapped go with it: faults then fail
+        with ENOSPC until the limit is set again, in KVM too.
+        """
         with self._mmu.lock.write():
             if self.used > goal:
                 self.zap_oldest(self.used - goal)

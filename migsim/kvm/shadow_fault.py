@@ -16,7 +16,7 @@ from migsim.kvm.make_spte import make_spte
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmio import check_mmio_spte, make_mmio_spte, mmio_generation, mmio_gfn
 from migsim.kvm.mmu_state import MmuState
-from migsim.kvm.page_fault import error_code, faultin_pfn, write_protected
+from migsim.kvm.page_fault import count_result, error_code, faultin_pfn, write_protected
 from migsim.kvm.page_limit import PageLimit
 from migsim.kvm.shadow_page import ShadowPage
 from migsim.kvm.shadow_pages import ShadowPages
@@ -54,7 +54,9 @@ class ShadowFaults:
         if fault.rsvd and self._is_known_mmio(vcpu, root, addr, spte):
             return RetPf.EMULATE
         self.mmu.stats.count_vcpu(vcpu.id, "pf_taken")
-        return self._handle(fault, root, addr)
+        result = self._handle(fault, root, addr)
+        count_result(self.mmu, vcpu, result)
+        return result
 
     def _is_known_mmio(self, vcpu: Any, root: ShadowPage, addr: int, spte: int) -> bool:
         """handle_mmio_page_fault: by the vCPU's cache (not for L2, whose addresses it does not hold) or the SPTE."""

@@ -138,6 +138,11 @@ class Vm:
             raise kvm_error(EINVAL, "the dirty ring is not enabled")
         return self.dirty_rings.reset()
 
+    def set_nr_mmu_pages(self, pages: int) -> None:
+        """KVM_SET_NR_MMU_PAGES: the shadow MMU keeps at most so many pages. Raises OSError EINVAL below 64."""
+        self.check_alive()
+        self.mmu.shadow.limit.set_nr_mmu_pages(pages)
+
     def stats_read(self) -> dict[str, int]:
         """The VM's statistics under KVM's names."""
         return self.stats.read()

@@ -5,7 +5,7 @@ function of that row that is changed, and what the kernel does then. tests/test_
 (`__main__`) and holds that every function and every test of every row has its entry.
 """
 
-from . import invariants, later, part_2, patches  # noqa: F401 - each declares its mutations
+from . import invariants, later, nested, part_2, patches  # noqa: F401 - each declares its mutations
 from .declare import MUTATIONS, Mutation, Patch
 
 __all__ = ["MUTATIONS", "Mutation", "Patch"]
