@@ -14,12 +14,13 @@ from typing import Any, Final
 from migsim.expectation import surprises
 from migsim.quantities import clock, counted, in_words
 from migsim.result import Progress, Result, Round
-from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
+from migsim.units import NS_PER_MS, NS_PER_S, NS_PER_US, PAGE_SIZE
 
 __all__ = ["ProgressBar", "summary"]
 
 _ROUNDS_SHOWN: Final = 24
 _BAR: Final = 24
+_STALLS: Final = "vcpu-stalls."  # and the upper bound of a class of stalls, us
 _PLAIN_GROUPS: Final = ("memory", "operations")  # their members' names speak for themselves
 
 
@@ -52,7 +53,7 @@ _Cell = Callable[[Round], str]
 # Heading, what stands below it, and how dearly it is kept: the lowest goes first on a narrow terminal.
 _COLUMNS: Final[tuple[tuple[str, _Cell, int], ...]] = (
     ("sync", lambda r: f"{r.sync}", 9),
-    ("start", lambda r: clock(r.start_ns), 8),
+    ("start", lambda r: _start(r.start_ns), 8),
     ("dirty", lambda r: _pages(r.dirty_pages), 9),
     ("sent", lambda r: _pages(r.sent_pages), 7),
     ("zero", lambda r: _pages(r.zero_pages), 3),
@@ -133,7 +134,7 @@ def _verified(result: Result) -> str:
 def _counters(title: str, values: Mapping[str, Any], columns: int) -> str:
     """`name value` pairs in as many columns as fit; zeros, texts and assumed costs are left to the JSON."""
     pairs = {
-        name: _count(name, value)
+        _named(name): _count(name, value)
         for name, value in _flat(values)
         if isinstance(value, int | float) and value and not name.startswith("assumed-ns.")
     }
@@ -155,12 +156,27 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
+def _named(name: str) -> str:
+    """The counter's own name; a unit that its value shows is left out."""
+    if name.startswith(_STALLS):
+        bound = name.removeprefix(_STALLS)
+        return f"vCPU stalls {'above 1 s' if bound == 'more' else f'up to {clock(int(bound) * NS_PER_US)}'}"
+    return name.removesuffix("-bytes").removesuffix("-ns")
+
+
 def _count(name: str, value: float) -> str:
     if name.endswith("-bytes"):
         return in_words(int(value), "size")
     if name.endswith(("-ns", "_ns")):
         return clock(int(value))
+    if name.endswith("-share"):
+        return f"{value:.2%}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _start(ns: int) -> str:
+    """As `clock`, but rounds of a fraction of a second are told apart."""
+    return clock(ns).replace(" ", f".{ns % NS_PER_S * 10 // NS_PER_S} ") if ns >= 60 * NS_PER_S else clock(ns)
 
 
 def _pages(pages: int) -> str:

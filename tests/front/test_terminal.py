@@ -45,7 +45,7 @@ def test_the_verdict_comes_first_then_rounds_then_the_parts_of_the_blackout():
     text = summary(result(), 120)
     assert text.startswith("Limited by the link: converged.\n")
     assert text.index("threshold") < text.index("Blackout 100 ms") < text.index("pf_fast")
-    assert "12 TiB" in text and "100.00 Gbit/s" in text and "3:51 min" in text
+    assert "12 TiB" in text and "100.00 Gbit/s" in text and "3:51.0 min" in text
     assert "last-pass      98 ms   98.0%" in text
 
 
@@ -94,3 +94,11 @@ def test_the_bar_shows_simulated_time_and_is_silent_off_a_terminal(capsys):
         bar.update(now)
     out, err = capsys.readouterr()
     assert out == "" and "active, sync 2" in err and "10 s simulated" in err and "ETA" in err
+
+
+def test_counters_show_their_unit_once():
+    host = {"lock-write-held-ns": 105 * 10**9, "vcpu-stalls": {"4": 7, "more": 1}, "guest-throughput-share": 0.9996}
+    text = summary(result(host={**host, "memory": {"page-tables-bytes": 24 << 30}}), 200)
+    shown = ("lock-write-held", "1:45 min", "24 GiB", "vCPU stalls up to 4 us", "vCPU stalls above 1 s", "99.96%")
+    assert [phrase for phrase in shown if phrase not in text] == []
+    assert "-ns" not in text and "-bytes" not in text
