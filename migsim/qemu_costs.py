@@ -58,6 +58,7 @@ ASSUMED_NS: Mapping[str, float] = {
     "qemu_throttle_tick_tcg": 0.0,  # how late, at most, a throttle tick is under TCG
     "qemu_sync_handover": 0.0,  # from a throttled vCPU's waking until the sync that waited for it goes on, under TCG
     "qemu_postcopy_page": 3_000.0,  # sent, received, placed with UFFDIO_COPY
+    "qemu_postcopy_page_calm": 3_000.0,  # the same beside a guest that misses none of the pages it writes to
     # from a fault to its page, but for the wire and the queue before it: 0.57 ms with postcopy-preempt and 4 KiB pages
     # over 10 Gbit/s (QEMU's series of January 2022), less a round trip of about 0.1 ms
     "qemu_postcopy_request": 470_000.0,
@@ -210,6 +211,7 @@ class QemuCosts:
             window_ns=round(self.ns("qemu_window")),
             discard_page_ns=self.ns("qemu_postcopy_discard_page"),
             postcopy_page_ns=self.ns("qemu_postcopy_page"),
+            postcopy_calm_page_ns=self.ns("qemu_postcopy_page_calm"),
             postcopy_run_ns=round(self.ns("qemu_postcopy_run")),
             sync_ns=round(self.ns("qemu_sync")),
             sync_page_ps=round(self.ns("qemu_sync_page") * PS_PER_NS),

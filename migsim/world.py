@@ -168,9 +168,7 @@ class World:
             ids = []
             for where in block.slots:
                 address = hva + (where.first << PAGE_SHIFT)
-                self.vm.set_user_memory_region(
-                    slot_id, 0, where.gfn << PAGE_SHIFT, where.pages << PAGE_SHIFT, address
-                )
+                self.vm.set_user_memory_region(slot_id, 0, where.gfn << PAGE_SHIFT, where.pages << PAGE_SHIFT, address)
                 slot = self.vm.memslots(0).by_id(slot_id)
                 assert slot is not None
                 self.slots.append(SlotOf(slot, block, where.first))
@@ -279,6 +277,10 @@ class World:
             for _ in streams_of(config):
                 stream, rate = next(rates)
                 yield config, stream, float(rate)
+
+    def written(self) -> list[tuple[int, int]]:
+        """Where the guest writes."""
+        return self.workload.ranges()
 
     def missing_page_requests(self) -> int:
         """Post-copy: what the destination's faults asked for."""

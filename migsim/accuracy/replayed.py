@@ -127,6 +127,8 @@ def _migration(facts: Given) -> dict[str, Any]:
     out: dict[str, Any] = {name: value for name, value in facts["migrate_parameters"].items() if name in known}
     out |= {"compat": "7.2", "capabilities": list(facts["migrate_capabilities_on"])}
     out["cancel-after"] = _first_look(config["limit_s"])
+    if "pause-before-switchover" in out["capabilities"]:
+        out["switchover-pause"] = f"{2 * config['limit_s'] + 1} s"  # the recorder never sends migrate-continue
     if config.get("postcopy_after") is not None:
         out["postcopy-after"] = _first_look(config["postcopy_after"])
     return out

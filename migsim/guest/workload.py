@@ -172,6 +172,16 @@ class Workload:
             if until == change:
                 self._set_rates()
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """[first, end) of the pages that are written to, in order; what several streams write counts once."""
+        out: list[tuple[int, int]] = []
+        for first, end in sorted(zip(self.first.tolist(), self.end.tolist(), strict=True)):
+            if out and first < out[-1][1]:
+                out[-1] = (out[-1][0], max(end, out[-1][1]))
+            else:
+                out.append((first, end))
+        return out
+
     @property
     def writes(self) -> float:
         """Page writes made so far, all streams."""

@@ -40,6 +40,9 @@ class RamState(Protocol):
     def get_ps(self) -> int:
         """The same of GETs that re-arm pages at once, without manual protection."""
 
+    def dirty_between(self, first: int, end: int) -> int:
+        """Dirty pages of the guest's [first, end)."""
+
     def dirty_runs(self) -> int:
         """Ranges of dirty pages that follow one another: what post-copy's discard commands list."""
 
@@ -74,6 +77,9 @@ class Machine(Protocol):
     def set_vcpu_sleeps(self, sleeps_us: list[int]) -> None:
         """us each vCPU sleeps at a full ring from now on."""
 
+    def written(self) -> list[tuple[int, int]]:
+        """Ranges of guest pages [first, end) that the guest writes to, none of them twice."""
+
     def missing_page_requests(self) -> int:
         """Post-copy: how many pages the running guest has asked for."""
 
@@ -97,7 +103,8 @@ class LoopCosts:
     section_header_bytes: int = 5  # written before a section's first page
     ram_name_bytes: int = len("pc.ram")  # the block's name in post-copy's discard commands
     discard_page_ns: float = 0.0  # post-copy: naming one dirty page to the destination
-    postcopy_page_ns: float = 0.0  # post-copy: one page sent, received and placed
+    postcopy_page_ns: float = 0.0  # post-copy: one page sent, received and placed while the guest asks for others
+    postcopy_calm_page_ns: float = 0.0  # the same once it misses none of those it writes to; 0: as much
     postcopy_run_ns: int = 0  # post-copy: from the package sent to the destination's vCPUs running
 
 

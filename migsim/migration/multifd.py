@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
+from migsim.migration.over_ram import OverRam
 from migsim.migration.ram import Ram, Saved, SaveLimits
 from migsim.migration.ram_kernels import END_OF_SPAN, RATE_LIMIT, TIME_LIMIT
 from migsim.migration.wire import MULTIFD_PACKET_PAGES, ZERO_PAGE, multifd_packet, multifd_packet_header
@@ -26,13 +27,12 @@ FULL_PACKET: Final = multifd_packet(MULTIFD_PACKET_PAGES)
 
 
 @dataclass
-class MultifdRam:
+class MultifdRam(OverRam[Ram]):
     """`Ram` whose pages go out in packets. Same protocol; sizes to the byte, channels' pace is in `ram.costs`.
 
     requeue: the 7.2 race above, as a share of full packets; 0 for versions without it. sync_each_section: 7.2.
     """
 
-    ram: Ram
     channels: int
     requeue: float = 0.0
     sync_each_section: bool = False
@@ -42,38 +42,6 @@ class MultifdRam:
     zero_bytes: int = ZERO_PAGE  # of a zero page the main thread found
     setup_synced: bool = False
     owed: float = 0.0  # fractional requeued pages not yet sent
-
-    @property
-    def dirty_pages(self) -> int:
-        return self.ram.dirty_pages
-
-    @property
-    def total_bytes(self) -> int:
-        return self.ram.total_bytes
-
-    def sync(self) -> int:
-        return self.ram.sync()
-
-    def stop_vcpus(self) -> None:
-        self.ram.stop_vcpus()
-
-    def enter_last_stage(self) -> None:
-        self.ram.enter_last_stage()
-
-    def update_rates(self) -> None:
-        self.ram.update_rates()
-
-    def reply(self) -> dict[str, Any]:
-        return self.ram.reply()
-
-    def clear_ps(self) -> int:
-        return self.ram.clear_ps()
-
-    def get_ps(self) -> int:
-        return self.ram.get_ps()
-
-    def dirty_runs(self) -> int:
-        return self.ram.dirty_runs()
 
     def save(self, limits: SaveLimits) -> Saved:
         """One section: whole packets until the limit is passed, what is left in a last one, then the barrier."""

@@ -47,5 +47,8 @@ class OverRam(Generic[R]):
     def get_ps(self) -> int:
         return self.ram.get_ps()
 
+    def dirty_between(self, first: int, end: int) -> int:
+        return self.ram.dirty_between(first, end)
+
     def dirty_runs(self) -> int:
         return self.ram.dirty_runs()

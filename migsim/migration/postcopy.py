@@ -60,12 +60,13 @@ def run(loop: Precopy) -> bool:
     loop.window.restart(loop.clock.ms(loop.now_ns))
     if loop.progress is not None:
         loop.progress(loop)
+    page_ns = _page_ns(loop)
     while loop.ram.dirty_pages:
         if loop.failure is not None and loop.link_failed():
             failure, loop.failure = loop.failure, None
             if not pause_and_recover(loop, failure):
                 return True
-        _push(loop)
+        _push(loop, page_ns)
         if loop.progress is not None:
             loop.progress(loop)
     loop.stats.postcopy_requests = loop.machine.missing_page_requests()
@@ -115,13 +116,22 @@ def _package(loop: Precopy) -> None:
     loop.pass_time(int(size * NS_PER_S / loop.link_bytes_per_s(loop.now_ns)) + loop.costs.device_ns)
 
 
-def _push(loop: Precopy) -> None:
+def _page_ns(loop: Precopy) -> float:
+    """What a pushed page costs on average: less where the guest that runs there misses no page it writes to."""
+    missing = loop.ram.dirty_pages
+    wanted = min(missing, sum(loop.ram.dirty_between(first, end) for first, end in loop.machine.written()))
+    costs = loop.costs
+    calm_ns = costs.postcopy_calm_page_ns or costs.postcopy_page_ns
+    return (wanted * costs.postcopy_page_ns + (missing - wanted) * calm_ns) / max(missing, 1)
+
+
+def _push(loop: Precopy, page_ns: float) -> None:
     """One turn of background pushes: paced by how fast the destination places pages, or by the limit."""
     pages = loop.ram.dirty_pages
     start = loop.now_ns
     loop.save(SaveLimits(loop.quantum - loop.window.bytes, MAX_WAIT_PS))
     sent = pages - loop.ram.dirty_pages
-    placed_ns = round(sent * loop.costs.postcopy_page_ns) - (loop.now_ns - start)
+    placed_ns = round(sent * page_ns) - (loop.now_ns - start)
     if placed_ns > 0:
         loop.pass_time(placed_ns)
     loop.rate_limit()

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from migsim.migration.over_ram import OverRam
 from migsim.migration.ram import PS_PER_NS, Ram, Saved, SaveLimits
 from migsim.migration.ram_kernels import END_OF_SPAN, RATE_LIMIT, TIME_LIMIT
 from migsim.migration.wire import NORMAL_PAGE, PAGE_HEADER, XBZRLE_HEADER, ZERO_PAGE
@@ -88,10 +89,9 @@ class XbzrleCache:
 
 
 @dataclass
-class XbzrleRam:
+class XbzrleRam(OverRam[Ram]):
     """`Ram` with XBZRLE in front of the stream. Same protocol. `encode_ns`: comparing a page with its copy."""
 
-    ram: Ram
     cache: XbzrleCache
     writers: Writers
     encode_ns: float
@@ -104,34 +104,14 @@ class XbzrleRam:
     miss_rate: float = 0.0
     encoding_rate: float = 0.0
 
-    @property
-    def dirty_pages(self) -> int:
-        return self.ram.dirty_pages
-
-    @property
-    def total_bytes(self) -> int:
-        return self.ram.total_bytes
-
     def sync(self) -> int:
         self.syncs += 1
         self.marked_s = (self.marked_s[1], self.writers.clock())
         return self.ram.sync()
 
-    def stop_vcpus(self) -> None:
-        self.ram.stop_vcpus()
-
     def enter_last_stage(self) -> None:
         self.last_stage = True
         self.ram.enter_last_stage()
-
-    def clear_ps(self) -> int:
-        return self.ram.clear_ps()
-
-    def get_ps(self) -> int:
-        return self.ram.get_ps()
-
-    def dirty_runs(self) -> int:
-        return self.ram.dirty_runs()
 
     def reply(self) -> dict[str, Any]:
         """query-migrate's xbzrle-cache; `bytes` and `overflow` are expectations, rounded."""
