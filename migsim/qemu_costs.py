@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from migsim.guest.memory import layout
-from migsim.migration import compress, compression, dirty_rate, mapped_ram
+from migsim.migration import background_snapshot, compress, compression, dirty_rate, mapped_ram
 from migsim.migration.loop_types import LoopCosts
 from migsim.migration.policies.auto_converge import TIMESLICE_NS
 from migsim.migration.ram import PS_PER_NS, SaveCosts
@@ -67,6 +67,7 @@ ASSUMED_NS: Mapping[str, float] = {
     **dirty_rate.ASSUMED_NS,
     **compress.ASSUMED_NS,
     **mapped_ram.ASSUMED_NS,
+    **background_snapshot.ASSUMED_NS,
     "qemu_postcopy_run": 6_000_000.0,  # package received and loaded until the destination's vCPUs run
 }
 

@@ -19,6 +19,7 @@ from migsim.host_costs import HostCosts
 from migsim.kvm.vm import TraceSink
 from migsim.meters import Meters, RoundRow
 from migsim.migration import mapped_ram, wire
+from migsim.migration.background_snapshot import SnapshotRam
 from migsim.migration.events import both_sides
 from migsim.migration.precopy import Interrupted, Knobs, Limits, Precopy, RoundLog
 from migsim.migration.ram import PS_PER_NS, Ram
@@ -27,6 +28,7 @@ from migsim.qemu_options import loop_options, wire_ram
 from migsim.quantities import in_words
 from migsim.result import DirtyRate, DowntimePart, Progress, Result, Round
 from migsim.scenario import Scenario, ScenarioError
+from migsim.snapshot import snapshot_of, snapshot_ram, verified
 from migsim.units import CHUNK_PAGES, GIB, NS_PER_S, PAGE_SIZE, chunks_of
 from migsim.verdict import verdict_of
 from migsim.watch import Watch
@@ -52,6 +54,7 @@ ABOUT = {
     "load": "the destination loads device state; in QEMU's own downtime only with a return path",
     "resume": "the destination's vCPUs start; in QEMU's own downtime only with a return path",
     "return-path": "the destination's end of the return path reaches the source",
+    "protect": "every page write-protected for the snapshot (userfaultfd)",
     "discard": "pages still dirty named to the destination",
 }
 
@@ -131,11 +134,15 @@ def run(
     watch = Watch(world.vm.mmu.state) if verify else None
     meters = host.meters(world.workload, ram, world.meter.totals)
     world.before_stop_or_resume, world.pages_asked_for = meters.stop_or_resume, meters.pages_asked_for
+    snapshot = snapshot_ram(scenario, ram, world, costs) if scenario.migration.is_snapshot else None
+    carried = snapshot or wire_ram(scenario, ram, world, costs)
     loop = Precopy(
-        wire_ram(scenario, ram, world, costs), world, _knobs(scenario), costs.loop(), _limits(scenario),
+        carried, world, _knobs(scenario), costs.loop(), _limits(scenario),
         lambda now: link_bytes_per_s(scenario, now),
         progress=_Reporter(progress, scenario, ram, costs, world, meters, watch), **loop_options(scenario, seed, costs),
     )  # fmt: skip
+    if snapshot is not None:
+        loop.snapshot = snapshot_of(scenario, snapshot, costs)
     interrupted = False
     try:
         loop.run()
@@ -238,8 +245,9 @@ def _result(
     converged = loop.status == "completed"
     rounds = tuple(_costed(_round(row), meters.row(row.sync), costs, world.memory.pages) for row in loop.rounds)
     parts = tuple(DowntimePart(name=name, duration_ns=ns, about=ABOUT[name]) for name, ns in loop.parts)
-    checked = _verify(world, ram, converged) if verify else {}
-    migration = loop.stats.reply(loop.status, ram.dirty_pages)
+    snapshot = loop.ram if isinstance(loop.ram, SnapshotRam) else None
+    checked = (verified(snapshot, converged) if snapshot else _verify(world, ram, converged)) if verify else {}
+    migration = loop.stats.reply(loop.status, loop.ram.dirty_pages)
     return Result(
         verdict=verdict_of(scenario, loop, rounds, parts, checked, interrupted),
         converged=converged and not interrupted,
@@ -259,6 +267,7 @@ def _result(
             "clear-calls": ram.clear_calls,
             "rearmed-pages": ram.rearmed_pages + ram.harvested_pages,
             "memory": _host_memory(world),
+            **({"snapshot": snapshot.told()} if snapshot else {}),
         },
         verify=checked,
         vcpu_dirty_limit=tuple(loop.limited),

@@ -27,6 +27,7 @@ PART_WORDS = {
     "load": "the destination's loading of device state",
     "return-path": "the destination's last word",
     "resume": "the destination's start",
+    "protect": "write-protecting every page",
     "discard": "naming the dirty pages to the destination",
 }
 
@@ -46,11 +47,23 @@ def verdict_of(
     if loop.status == "completed":
         how = "Moves by post-copy in" if any(part.name == "discard" for part in parts) else "Converges in"
         how = "Is saved to its file in" if scenario.migration.to_file else how
+        if scenario.migration.is_snapshot:
+            return f"{_snapshot(loop, when, rounds)}."
         syncs = counted(loop.stats.dirty_sync_count, "bitmap sync")
         return f"{how} {when} after {syncs}; {_blackout(loop, parts)}."
     if loop.why == LINK:
         return _cut_off(loop, when)
     return f"{_called_off(scenario, loop, when)}: {_limit(loop, rounds)}."
+
+
+def _snapshot(loop: Precopy, when: str, rounds: Sequence[Round]) -> str:
+    """A snapshot is whole and the guest runs on: what it stood still for, and how fast it ran meanwhile."""
+    stood = clock(sum(ns for _, ns in loop.parts))
+    pace = rounds[-1].guest_throughput_share
+    return (
+        f"The snapshot is complete in {when}; the guest stood still for {stood}, "
+        f"made {pace:.0%} of its writes while pages were saved, and runs on"
+    )
 
 
 def _called_off(scenario: Scenario, loop: Precopy, when: str) -> str:

@@ -49,7 +49,6 @@ CAPABILITIES: Final[tuple[tuple[str, str | None, str | None], ...]] = (
 #: Capabilities that QEMU accepts and that turn migration into another loop than any modelled here.
 OTHER_LOOPS: Final[Mapping[str, str]] = {
     "x-colo": "COLO's checkpoints are not modelled here",
-    "background-snapshot": "a snapshot by write faults is not modelled here",
 }
 
 #: Capabilities and parameters that QEMU accepts and that have no effect here: on disks, on the destination's memory,

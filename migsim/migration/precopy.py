@@ -70,6 +70,7 @@ class Precopy:
     devices: DeviceSet = field(default_factory=DeviceSet)
     failure: LinkFailure | None = None
     vcpu_limit: DirtyLimit | None = None  # with dirty rings: quotas by the capability, or by set-vcpu-dirty-limit
+    snapshot: Callable[[Precopy], str] | None = None  # background-snapshot's thread, in the place of this one
     to_file: bool = False  # nobody resumes the guest at the end
     return_path: bool = False  # the capability, or post-copy's: the source waits for the destination's end
 
@@ -104,6 +105,8 @@ class Precopy:
         """Migrate. Final status: completed, cancelled, failed, or postcopy-paused."""
         for command in self.platform.before_migrate():
             self._obey(command)
+        if self.snapshot is not None:
+            return self.snapshot(self)
         self._setup()
         while True:
             if self.called_off() or self._out_of_rounds():
@@ -117,10 +120,14 @@ class Precopy:
             if self.progress is not None:
                 self.progress(self)
 
-    def _setup(self) -> None:
+    def begin(self) -> None:
+        """State setup, and everything on the stream before the first page."""
         self.start_ms = self.window.start_ms = self.clock.ms(self.now_ns)
         self.set_status("setup")
         self._sent(self.costs.setup_bytes, counted=0 if self.knobs.compat == "7.2" else self.costs.setup_bytes)
+
+    def _setup(self) -> None:
+        self.begin()
         self.pass_time(self.machine.log_start())
         self.sync()
         self.stats.setup_ns = (self.clock.ms(self.now_ns) - self.start_ms) * NS_PER_MS

@@ -122,6 +122,9 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
         if {"compress", "xbzrle"} <= set(self.capabilities):
             problem = "QEMU 7.2 accepts the pair (deflates the first pass, then turns to xbzrle); not modelled here"
             raise ScenarioError("capabilities", problem, value=list(self.capabilities))
+        if {"background-snapshot", "mapped-ram"} <= set(self.capabilities):
+            problem = "QEMU accepts the pair; a snapshot into fixed places of a file is not modelled here"
+            raise ScenarioError("capabilities", problem, value=list(self.capabilities))
         if self.mode != "normal":
             problem = "QEMU accepts it; without a pre-copy loop, hence not modelled here"
             raise ScenarioError("mode", problem, value=self.mode)
@@ -130,6 +133,11 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
     def to_file(self) -> bool:
         """Does it end in a file instead of a destination?"""
         return self.migrate_uri.startswith("file:")
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Is RAM saved behind the running guest's back, by write faults?"""
+        return "background-snapshot" in self.capabilities
 
     @property
     def migrate_uri(self) -> str:
