@@ -131,7 +131,7 @@ def run(
     if fault is not None:
         fault(world, ram)
     world.vm.trace_sink = trace
-    watch = Watch(world.vm.mmu.state) if verify else None
+    watch = Watch(world.vm) if verify else None
     meters = host.meters(world.workload, ram, world.meter.totals)
     world.before_stop_or_resume, world.pages_asked_for = meters.stop_or_resume, meters.pages_asked_for
     snapshot = snapshot_ram(scenario, ram, world, costs) if scenario.migration.is_snapshot else None

@@ -15,11 +15,12 @@ from migsim.compare import by_mmu, table
 from migsim.kvm.config import VmConfig
 from migsim.kvm.trace import EVENTS
 from migsim.kvm.vm import Vm
+from migsim.planes import Plane
 from migsim.result import Result
 from migsim.scenario import Scenario
 from migsim.scenario.load import build
-from migsim.units import GIB
-from migsim.watch import Watch
+from migsim.units import GIB, NS_PER_S
+from migsim.watch import PLANES_NS, RECOUNT_NS, RECOUNTED_ROUNDS, Watch
 
 MODES = [
     {"mmu": mmu, "vendor": vendor, "eager-page-split": eager, "manual-dirty-log-protect": manual}
@@ -110,18 +111,59 @@ def test_a_guest_too_big_to_go_page_by_page_is_refused_with_a_sentence(extra, tm
     assert not Path("trace.jsonl").exists()
 
 
-def test_what_breaks_a_counter_or_a_plane_is_named_while_the_migration_runs() -> None:
+def watched() -> tuple[Vm, Watch]:
     vm = Vm(VmConfig(smm=False))
-    vcpu, watch = vm.create_vcpu(0), Watch(vm.mmu.state)
     vm.set_user_memory_region(1, 0, 0, GIB, vm.alloc_memory(GIB))
-    vcpu.run([("w", 0, 1)])
+    vm.create_vcpu(0).run([("w", 0, 1)])
+    return vm, Watch(vm)
+
+
+def test_what_breaks_a_counter_or_a_plane_is_named_while_the_migration_runs() -> None:
+    vm, watch = watched()
     watch.between_windows(1, 0)
-    watch.between_windows(1, 99 * 10**9)
-    assert watch.checks == 1, "once a round"
-    vm.mmu.root_of(vcpu).leaf[1].writable.set(9)
-    watch.between_windows(2, 2 * 10**9)
+    watch.between_windows(1, 99 * NS_PER_S)
+    assert watch.rounds == 1, "once a round"
+    vm.mmu.root_of(vm.vcpus[0]).leaf[1].writable.set(9)
+    watch.between_windows(2, 2 * NS_PER_S)
     with pytest.raises(AssertionError, match="after sync 3: slot 1: bits of a rare state without a present SPTE"):
-        watch.between_windows(3, 12 * 10**9)
+        watch.between_windows(3, PLANES_NS)
     vm.stats.pages_4k += 1
     with pytest.raises(AssertionError, match="pages_4k is 2, a recount finds 1"):
-        watch.between_windows(4, 14 * 10**9)
+        watch.between_windows(4, PLANES_NS + NS_PER_S)
+
+
+def test_rounds_that_follow_at_once_are_recounted_at_first_and_then_now_and_then() -> None:
+    vm, watch = watched()
+    for sync in range(1, RECOUNTED_ROUNDS + 1):
+        watch.between_windows(sync, sync)
+    vm.stats.pages_4k += 1
+    watch.between_windows(100, 100)
+    assert (watch.rounds, watch.recounts) == (RECOUNTED_ROUNDS + 1, RECOUNTED_ROUNDS)
+    with pytest.raises(AssertionError, match="after sync 101: pages_4k is 2"):
+        watch.between_windows(101, 100 + RECOUNT_NS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda vm: vm.mmu.root_of(vm.vcpus[0]).__setattr__("root_count", 5), "has 5 references, 2 holders are known"),
+        (lambda vm: vm.mmu.state.rcu._deferred.append(int), "1 table pages wait to be freed"),
+        (lambda vm: vm.memslots(0).by_id(1).__setattr__("dirty_bitmap", one_too_many()), "bits beyond page"),
+    ],
+    ids=["references", "frees", "tail-bits"],
+)
+def test_locks_references_and_tail_bits_are_looked_at_in_every_round(damage, sentence: str) -> None:
+    vm, watch = watched()
+    for sync in range(1, 50):
+        watch.between_windows(sync, sync)
+    recounts = watch.recounts
+    damage(vm)
+    with pytest.raises(AssertionError, match=sentence):
+        watch.between_windows(50, 50)
+    assert watch.recounts == recounts
+
+
+def one_too_many() -> Plane:
+    log = Plane(100)
+    log.words[-1] = 1 << 63
+    return log

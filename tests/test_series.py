@@ -29,17 +29,25 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """Of the four tables; the key of an invariant begins with "invariant"."""
+    """Of the tables whose last column names tests; the key of an invariant begins with "invariant"."""
+    inside = False
     for line in (ROOT / "docs/series.md").read_text().splitlines():
-        if not re.match(r"\| (?!#|-|Change|Ver|Inv)", line):
-            continue
         cells = [cell.strip() for cell in re.split(r" \| ", line.strip("| "))]
-        names = re.findall(r"`([^`]+)`", " ".join(cells[-2:]))
-        key = {5: cells[0], 4: f"{cells[0]} {cells[1]}", 3: cells[0]}[len(cells)]
-        if len(cells) == 3 and cells[0][0].isdigit():
-            key = f"invariant {key}"
-        functions = tuple(name for name in names if "::" not in name)
-        yield Row(key.replace("`", ""), functions, tuple(name for name in names if "::" in name))
+        if cells[-1] in ("Fails without it", "Damage test"):
+            inside = True
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and not line.startswith("|-"):
+            yield _row(cells)
+
+
+def _row(cells: list[str]) -> Row:
+    names = re.findall(r"`([^`]+)`", " ".join(cells[-2:]))
+    key = {5: cells[0], 4: f"{cells[0]} {cells[1]}", 3: cells[0]}[len(cells)].replace("`", "")
+    if len(cells) == 3 and key[0].isdigit():
+        key = f"invariant {key}"
+    functions = tuple(name for name in names if "::" not in name)
+    return Row(key, functions, tuple(name for name in names if "::" in name))
 
 
 def mutations() -> ModuleType:

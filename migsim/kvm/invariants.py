@@ -19,12 +19,13 @@ from migsim.kvm.levels import max_mapping_level
 from migsim.kvm.mmio import is_current
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.paging import Sptep, huge_leafs
-from migsim.kvm.plane_ranges import count_range
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import ENTRIES, MAX_HUGEPAGE_LEVEL, PAGE_SIZE_BIT, PG_LEVEL_2M, PG_LEVEL_4K
-from migsim.units import CHUNK_PAGES, WORD_BITS, pages_per_level
+from migsim.planes import Plane
+from migsim.units import CHUNK_PAGES, CHUNK_WORDS, pages_per_level
 
 _ROWS = 256  # of tables at a time: 1 MiB, which the cache holds
+_CHUNKS = 8  # of a plane at a time: 256 KiB
 
 
 def mmu_violations(mmu: MmuState) -> list[str]:
@@ -73,11 +74,19 @@ def stat_violations(mmu: MmuState) -> Iterator[str]:
 
 def _count_small(root: Root, planes: LeafPlanes) -> int:
     """Present 4K leaves of a slot."""
-    total = 0
-    for first in (_tabled_chunks(root, planes) * CHUNK_PAGES).tolist():
-        pages = min(CHUNK_PAGES, planes.npages - first)
-        total += pages if planes.present.full[first // CHUNK_PAGES] else count_range(planes.present, first, pages)
-    return total
+    present, chunks = planes.present, _tabled_chunks(root, planes)
+    full = present.full[chunks] != 0
+    lazily = int(np.minimum(planes.npages - chunks[full] * CHUNK_PAGES, CHUNK_PAGES).sum())
+    some = (present.words[where] for _, where in _runs(chunks[~full]))
+    return lazily + sum(int(np.bitwise_count(words).sum(dtype=np.int64)) for words in some)
+
+
+def _runs(chunks: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], slice]]:
+    """(chunks, their words) of neighbours, a few at a time so that the cache holds them."""
+    for first in range(0, len(chunks), _CHUNKS):
+        part = chunks[first : first + _CHUNKS]
+        for run in np.split(part, np.flatnonzero(np.diff(part) != 1) + 1):
+            yield run, slice(int(run[0]) * CHUNK_WORDS, (int(run[-1]) + 1) * CHUNK_WORDS)
 
 
 def _tabled_chunks(root: Root, planes: LeafPlanes) -> NDArray[np.int64]:
@@ -124,15 +133,22 @@ def _packed_violations(root: Root) -> Iterator[str]:
     for slot_id, planes in root.leaf.items():
         present = planes.present
         chunks = _tabled_chunks(root, planes)
-        chunks = chunks[present.full[chunks] == 0]
-        for plane in planes.planes()[1:]:
-            for chunk in chunks.tolist():
-                where = plane.chunk_words(chunk)
-                first = where.start * WORD_BITS
-                count = min(plane.n - first, (where.stop - where.start) * WORD_BITS)
-                words = plane.slice_words(first, count) if plane.full[chunk] else plane.words[where]
-                if (words & ~present.words[where]).any():
+        for run, where in _runs(chunks[present.full[chunks] == 0]):
+            absent = ~present.words[where]
+            for plane in planes.planes()[1:]:
+                if not plane.full[run].any() and not (plane.words[where] & absent).any():
+                    continue
+                for chunk in _chunks_beyond(plane, present, run):
                     yield f"slot {slot_id}: bits of a rare state without a present SPTE in chunk {chunk} of {root!r}"
+
+
+def _chunks_beyond(plane: Plane, present: Plane, chunks: NDArray[np.int64]) -> Iterator[int]:
+    """Those of `chunks` where `plane` has bits that `present` has not."""
+    for chunk in chunks.tolist():
+        first = chunk * CHUNK_PAGES
+        count = min(plane.n - first, CHUNK_PAGES)
+        if (plane.slice_words(first, count) & ~present.slice_words(first, count)).any():
+            yield chunk
 
 
 # -- page by page ------------------------------------------------------------------------------------------------------
