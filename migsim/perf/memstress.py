@@ -6,6 +6,7 @@ counts are the operations `migsim.perf` prices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -13,7 +14,7 @@ from typing import Final
 from migsim.perf.rules import Kernel, Rules, default_kernel, rules_for
 from migsim.units import GIB, MIB, PAGE_SIZE
 
-__all__ = ["BACKING_LEVELS", "Counts", "Leaves", "Memstress"]
+__all__ = ["ADDRESS_BITS", "BACKING_LEVELS", "Counts", "Leaves", "Memstress"]
 
 Counts = dict[str, int]
 
@@ -21,11 +22,13 @@ Counts = dict[str, int]
 BACKING_LEVELS: Final[Mapping[str, int]] = {
     "anonymous": PAGE_SIZE,
     "anonymous_thp": 2 * MIB,
+    "anonymous_hugetlb": 2 * MIB,
     "anonymous_hugetlb_2mb": 2 * MIB,
     "anonymous_hugetlb_1gb": GIB,
     "shmem": PAGE_SIZE,
     "shared_hugetlb": 2 * MIB,
 }
+ADDRESS_BITS: Final = 52  # of a guest's physical addresses at most
 _PML_ENTRIES: Final = 512
 _PER_TABLE: Final = 512
 
@@ -51,6 +54,7 @@ class Memstress:
     overlap: bool = False
     slots: int = 1
     write_percent: int = 100
+    random_access: bool = False
     manual: int = 3
     pml: bool = True
     ad_bits: bool = True
@@ -62,6 +66,11 @@ class Memstress:
             raise ValueError("a memstress VM needs at least one vCPU, one slot and one page a vCPU")
         if self.memory_per_vcpu % PAGE_SIZE:
             raise ValueError(f"memory per vCPU must be whole pages of {PAGE_SIZE} bytes, not {self.memory_per_vcpu}")
+        if (self.pages + 1) * PAGE_SIZE >= 1 << ADDRESS_BITS:
+            sizes = f"{self.vcpus} vCPUs of {self.memory_per_vcpu} bytes"
+            raise ValueError(f"memory per vCPU: {sizes} do not fit in physical addresses of {ADDRESS_BITS} bits")
+        if self.pages % self.slots:
+            raise ValueError(f"guest memory of {self.pages} pages cannot be evenly divided into {self.slots} slots")
         if not 0 <= self.write_percent <= 100 or self.backing not in BACKING_LEVELS or self.manual not in (0, 1, 3):
             raise ValueError("write percent is 0..100, backing one of the source types, manual 0, 1 or 3")
         rules = rules_for(self.mmu, self.kernel or default_kernel(self.mmu))
@@ -81,7 +90,12 @@ class Memstress:
 
     @property
     def written(self) -> int:
-        """Distinct pages written in one dirty phase."""
+        """Distinct pages written in one dirty phase, expected: with -o or -a a page is met more than once, or never."""
+        chance = self.write_percent / 100
+        if self.random_access:
+            return round(-self.pages * math.expm1(-self.accesses * chance / self.pages))
+        if self.overlap:
+            return round(self.pages * (1.0 - (1.0 - chance) ** self.vcpus))
         return self.pages * self.write_percent // 100
 
     @property

@@ -57,6 +57,12 @@ class PhaseTime:
     lock_waiting_share: float = 0.0
     solution: Solution | None = None
 
+    def no_faster_than(self, bound_ns: int) -> PhaseTime:
+        """The same phase held up by something else that takes `bound_ns`; waiting for the lock is a smaller share."""
+        if bound_ns <= self.time_ns:
+            return self
+        return PhaseTime(bound_ns, self.lock_waiting_share * self.time_ns / bound_ns, self.solution)
+
 
 def parallel_phase(counts: Mapping[str, int], vcpus: int, mode: LockMode, host: HostProfile) -> PhaseTime:
     """Time of a phase in which `vcpus` vCPUs do `counts` operations between them, evenly.

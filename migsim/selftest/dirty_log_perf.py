@@ -8,12 +8,12 @@ from migsim.perf.memstress import Counts, Leaves, Memstress
 from migsim.perf.phases import parallel_phase, thread_phase
 from migsim.perf.profile import HostProfile
 from migsim.selftest.outcome import Outcome, Phase, seconds
-from migsim.selftest.vm import guest_mode_lines, lock_mode, options_of
+from migsim.selftest.vm import RANDOM_SEED_LINE, guest_mode_lines, lock_mode, options_of
 
 __all__ = ["dirty_log_perf_test"]
 
 
-def dirty_log_perf_test(vm: Memstress, host: HostProfile, *, iterations: int = 2) -> Outcome:
+def dirty_log_perf_test(vm: Memstress, host: HostProfile, *, iterations: int = 2, seed: int = 1) -> Outcome:
     """The test's phases in its own order. ValueError for fewer than two iterations, as the test asserts."""
     if iterations < 2:
         raise ValueError(f"the test should have at least two iterations, not {iterations}")
@@ -24,8 +24,8 @@ def dirty_log_perf_test(vm: Memstress, host: HostProfile, *, iterations: int = 2
     for iteration in range(1, iterations + 1):
         leaves = _round(run, leaves, iteration)
     run.thread("disabling dirty logging", vm.disable(leaves))
-    options: dict[str, Any] = {**options_of(vm, host), "iterations": iterations}
-    return Outcome("dirty_log_perf_test", options, tuple(run.phases), run.lines(iterations))
+    options: dict[str, Any] = {**options_of(vm, host), "iterations": iterations, "random-seed": seed}
+    return Outcome("dirty_log_perf_test", options, tuple(run.phases), run.lines(iterations, seed))
 
 
 def _round(run: _Run, leaves: Leaves, iteration: int) -> Leaves:
@@ -53,9 +53,11 @@ class _Run:
     def thread(self, name: str, counts: Counts) -> None:
         self.phases.append(Phase.of(name, counts, thread_phase(counts, self.host)))
 
-    def lines(self, iterations: int) -> tuple[str, ...]:
-        lines = [f"Test iterations: {iterations}", *guest_mode_lines(self.vm)]
-        lines += [f"{p.name[0].upper()}{p.name[1:]} time: {seconds(p.time_ns)}" for p in self.phases]
+    def lines(self, iterations: int, seed: int) -> tuple[str, ...]:
+        lines = [RANDOM_SEED_LINE, f"Test iterations: {iterations}", *guest_mode_lines(self.vm, seed=seed)]
+        for p in self.phases:
+            lines.append(f"{p.name[0].upper()}{p.name[1:]} time: {seconds(p.time_ns)}")
+            lines += [""] * p.name.startswith("enabling")
         for verb in ("get", "clear") if self.vm.manual else ("get",):
             total = sum(p.time_ns for p in self.phases if p.name.endswith(f"{verb} dirty log"))
             lines.append(

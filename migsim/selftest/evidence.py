@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterable
 
 from migsim.perf.profile import DEFAULT_PROFILE, HostProfile, load_profile
-from migsim.selftest.figures import FACTOR, Figure, Table, tables
+from migsim.selftest.figures import FACTOR, Figure, Table
+from migsim.selftest.published import tables
 
 __all__ = ["render"]
 

@@ -28,13 +28,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One selftest run. options: the whole input · lines: what the kernel's test prints."""
+    """One selftest run. options: the whole input · lines: what the kernel's test prints · figures: more."""
 
     test: str
     options: Mapping[str, Any]
     phases: tuple[Phase, ...]
     lines: tuple[str, ...] = ()
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def total_time_ns(self) -> int:

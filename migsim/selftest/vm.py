@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
-from migsim.perf.memstress import Memstress
+from migsim.perf.memstress import ADDRESS_BITS, BACKING_LEVELS, Memstress
 from migsim.perf.phases import LockMode
 from migsim.perf.profile import HostProfile
 from migsim.perf.rules import Rules, default_kernel
 from migsim.units import PAGE_SIZE
 
-__all__ = ["guest_mode_lines", "lock_mode", "options_of"]
+__all__ = ["RANDOM_SEED_LINE", "guest_mode_lines", "lock_mode", "options_of"]
 
-# Memstress memory ends at the top of the guest's physical space; the tests print its range. 48 bits is their x86 mode.
-_TOP_GPA = 1 << 48
+#: The first thing today's tests print: random() of the C library, which nobody has seeded.
+RANDOM_SEED_LINE: Final = "Random seed: 0x6b8b4567"
 
 
 def lock_mode(rules: Rules) -> LockMode:
@@ -35,6 +35,7 @@ def options_of(vm: Memstress, host: HostProfile) -> dict[str, Any]:
         "backing": vm.backing,
         "overlap": vm.overlap,
         "slots": vm.slots,
+        "random-access": vm.random_access,
         "write-percent": vm.write_percent,
         "manual-dirty-log-protect": vm.manual,
         "pml": vm.pml,
@@ -43,10 +44,13 @@ def options_of(vm: Memstress, host: HostProfile) -> dict[str, Any]:
     }
 
 
-def guest_mode_lines(vm: Memstress) -> tuple[str, ...]:
-    """The lines every memstress test opens with."""
-    size = vm.pages * PAGE_SIZE
+def guest_mode_lines(vm: Memstress, *, seed: int | None = None) -> tuple[str, ...]:
+    """The lines every memstress test opens with; its memory lies at the top of the guest's physical space."""
+    backing = BACKING_LEVELS[vm.backing]
+    gpa = ((1 << ADDRESS_BITS) - (vm.pages + 1) * PAGE_SIZE) // backing * backing
+    seeded = () if seed is None else (f"Random seed: {seed:#x}",)
     return (
         "Testing guest mode: PA-bits:ANY, VA-bits:48,  4K pages",
-        f"guest physical test memory: [{_TOP_GPA - size:#x}, {_TOP_GPA:#x})",
+        *seeded,
+        f"guest physical test memory: [{gpa:#x}, {gpa + vm.pages * PAGE_SIZE:#x})",
     )

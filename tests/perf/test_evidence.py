@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from migsim.selftest.evidence import render
-from migsim.selftest.figures import Figure, tables
+from migsim.selftest.figures import Figure
+from migsim.selftest.published import tables
 
 _FIGURES = [figure for table in tables() for figure in table.figures]
 
