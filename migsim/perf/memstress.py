@@ -69,8 +69,6 @@ class Memstress:
         if (self.pages + 1) * PAGE_SIZE >= 1 << ADDRESS_BITS:
             sizes = f"{self.vcpus} vCPUs of {self.memory_per_vcpu} bytes"
             raise ValueError(f"memory per vCPU: {sizes} do not fit in physical addresses of {ADDRESS_BITS} bits")
-        if self.pages % self.slots:
-            raise ValueError(f"guest memory of {self.pages} pages cannot be evenly divided into {self.slots} slots")
         if not 0 <= self.write_percent <= 100 or self.backing not in BACKING_LEVELS or self.manual not in (0, 1, 3):
             raise ValueError("write percent is 0..100, backing one of the source types, manual 0, 1 or 3")
         rules = rules_for(self.mmu, self.kernel or default_kernel(self.mmu))

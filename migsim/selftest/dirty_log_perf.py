@@ -14,9 +14,11 @@ __all__ = ["dirty_log_perf_test"]
 
 
 def dirty_log_perf_test(vm: Memstress, host: HostProfile, *, iterations: int = 2, seed: int = 1) -> Outcome:
-    """The test's phases in its own order. ValueError for fewer than two iterations, as the test asserts."""
+    """The test's phases in its own order. ValueError for what it asserts: iterations, and slots that divide the guest."""
     if iterations < 2:
         raise ValueError(f"the test should have at least two iterations, not {iterations}")
+    if vm.pages % vm.slots:
+        raise ValueError(f"guest memory of {vm.pages} pages cannot be evenly divided into {vm.slots} slots")
     run = _Run(vm, host)
     run.vcpus("populate memory", vm.populate())
     counts, leaves = vm.enable()
