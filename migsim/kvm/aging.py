@@ -25,7 +25,7 @@ def age_range(mmu: MmuState, root: Root, start: int, end: int) -> bool:
                 bits = fmt.accessed | (fmt.dirty if mmu.vintage.age_clears_dirty else 0)
                 clear_spte_bits(mmu, it, bits, lockless=lockless)
             else:  # a lost exchange is not tried again: whoever won has just used the page
-                set_spte_atomic(mmu, it, mark_for_access_track(fmt, it.old_spte), lockless=lockless)
+                set_spte_atomic(mmu, it, mark_for_access_track(fmt, it.old_spte), aging=True)
     return young
 
 

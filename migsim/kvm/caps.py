@@ -7,7 +7,7 @@ real /dev/kvm where they do not follow from the VM's configuration.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from errno import E2BIG, EINVAL
+from errno import E2BIG, EINVAL, EPERM
 from typing import TYPE_CHECKING, Final
 
 from migsim.kvm import uapi
@@ -63,7 +63,7 @@ class Caps:
         return _FIXED.get(cap, 0)
 
     def enable(self, cap: int, flags: int, args: Sequence[int]) -> int:
-        """KVM_ENABLE_CAP; returns 0. Raises OSError: EINVAL, E2BIG for a ring past its maximum."""
+        """KVM_ENABLE_CAP; returns 0. Raises OSError: EINVAL, E2BIG for a ring past its maximum, EPERM."""
         arg = args[0] if args else 0
         if cap == uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
             self.enable_manual_protect(flags, arg)
@@ -108,7 +108,12 @@ class Caps:
             self._vm.quirk_slot_zap_all = False
 
     def disable_nx_huge_pages(self, arg: int) -> None:
-        """Opt this VM out of the NX huge page workaround, before its first vCPU."""
+        """Opt this VM out of the NX huge page workaround, before its first vCPU.
+
+        A guest could then crash the host, so the process must be allowed to do as much (CAP_SYS_BOOT): asked first.
+        """
+        if not self._vm.config.cap_sys_boot:
+            raise kvm_error(EPERM, "NX huge pages may be disabled only by who has CAP_SYS_BOOT")
         if arg or self._vm.vcpus:
             raise kvm_error(EINVAL, "NX huge pages can be disabled only before the first vCPU, without arguments")
         self._vm.mmu.state.nx_huge_pages = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from migsim.kvm.mmu_state import MmuState
+from migsim.kvm.page_state import lost_page_state
 from migsim.kvm.paging import Sptep, huge_leafs, present_entries
 from migsim.kvm.plane_ranges import erase_range
 from migsim.kvm.roots import Root
@@ -18,7 +19,7 @@ from migsim.units import pages_per_level
 
 
 def handle_changed_spte(
-    mmu: MmuState, root: Root, gfn: int, old: int, new: int, level: int, *, shared: bool
+    mmu: MmuState, root: Root, gfn: int, old: int, new: int, level: int, *, shared: bool, aging: bool = False
 ) -> None:
     """Bookkeeping for `old` -> `new` at gfn and level, after the store. Raises AssertionError where KVM would BUG."""
     fmt = mmu.fmt
@@ -37,9 +38,10 @@ def handle_changed_spte(
         fmt.validate_leaf(new, gfn, level)
     if was_leaf != is_leaf:
         mmu.stats.update_page_stats(level, 1 if is_leaf else -1)
+    lost_page_state(mmu, old, new, level, aging=aging)
     if not was_present and not is_present:
-        special = (fmt.is_mmio(old), fmt.is_mmio(new), fmt.is_frozen(old), fmt.is_frozen(new))
-        assert any(special), f"{where}: non-present to non-present, and neither MMIO nor frozen"
+        special = (fmt.is_mmio(old), fmt.is_mmio(new), fmt.is_frozen(new))
+        assert any(special), f"{where}: non-present to non-present, neither MMIO nor to be frozen"
         return
     if was_present and not was_leaf and (is_leaf or not is_present or fmt.pfn(old) != fmt.pfn(new)):
         handle_removed_pt(mmu, root, fmt.pfn(old), shared=shared)
@@ -140,29 +142,39 @@ def untrack_nx(mmu: MmuState, root: Root, table_pfn: int) -> None:
 
 
 def set_spte_atomic(
-    mmu: MmuState, it: TdpIter, new: int, *, lockless: bool = False, publish: Callable[[], None] | None = None
+    mmu: MmuState, it: TdpIter, new: int, *, aging: bool = False, publish: Callable[[], None] | None = None
 ) -> bool:
     """Compare-exchange the iterator's entry; on failure nothing happened and old_spte holds the value now there.
 
-    `publish` fills the table that `new` points to: in the same step, before the pointer is stored.
+    `publish` fills the table that `new` points to: in the same step, before the pointer is stored. `aging`: made old,
+    in recent kernels under RCU alone.
     """
     assert not mmu.fmt.is_frozen(it.old_spte), f"frozen SPTE at gfn {it.gfn:#x} level {it.level} is not ours to change"
-    assert_protected(mmu, it.gfn, lockless=lockless)
+    assert_protected(mmu, it.gfn, lockless=aging and mmu.vintage.lockless_aging)
     mmu.vm.meter.count("spte_cmpxchg")
     if not it.root.cmpxchg(it.at, it.old_spte, new, publish):
         mmu.vm.meter.count("spte_cmpxchg_failed")
         it.old_spte = it.root.read(it.at)
         return False
-    handle_changed_spte(mmu, it.root, it.gfn, it.old_spte, new, it.level, shared=not mmu.lock.writer)
+    handle_changed_spte(mmu, it.root, it.gfn, it.old_spte, new, it.level, shared=not mmu.lock.writer, aging=aging)
     it.old_spte = new
     return True
 
 
 def set_spte(mmu: MmuState, it: TdpIter, new: int) -> None:
-    """Exchange the iterator's entry under the write lock; bits the CPU set since it was read are not lost."""
-    assert mmu.lock.writer, f"SPTE at gfn {it.gfn:#x} level {it.level} written without the exclusive mmu_lock"
+    """Store to the iterator's entry under the write lock.
+
+    A volatile SPTE is exchanged, so that bits the CPU or the fast path set since it was read are not lost; any other is
+    what it was when it was read (kvm_tdp_mmu_write_spte).
+    """
+    where = f"SPTE at gfn {it.gfn:#x} level {it.level}"
+    assert mmu.lock.writer, f"{where} written without the exclusive mmu_lock"
+    assert not mmu.fmt.is_frozen(it.old_spte) and not mmu.fmt.is_frozen(new), f"{where} frozen under the exclusive lock"
     assert_protected(mmu, it.gfn)
-    old = it.root.write(it.at, new)
+    old = it.old_spte
+    held = it.root.write(it.at, new)
+    if mmu.fmt.is_volatile(old, it.level, by_accessed=mmu.vintage.pushes_page_state):
+        old = held
     handle_changed_spte(mmu, it.root, it.gfn, old, new, it.level, shared=False)
     it.old_spte = new
 
@@ -172,6 +184,7 @@ def clear_spte_bits(mmu: MmuState, it: TdpIter, mask: int, *, lockless: bool = F
     assert_protected(mmu, it.gfn, lockless=lockless)
     old = it.root.clear_bits(it.at, mask)
     it.old_spte = old & ~mask
+    lost_page_state(mmu, old, it.old_spte, it.level, aging=True)  # only D and W are of interest here
     mmu.vm.trace(
         "kvm_tdp_mmu_spte_changed",
         as_id=it.root.as_id, gfn=it.gfn, level=it.level, old_spte=old, new_spte=it.old_spte,

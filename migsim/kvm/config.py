@@ -19,6 +19,7 @@ class VmConfig:
     name no page that could be cached.
     quirk_slot_zap_all: KVM_X86_QUIRK_SLOT_ZAP_ALL, on by default (Linux 6.12): deleting a slot zaps the whole VM.
     dirty_ring: the dirty ring capabilities are offered.
+    cap_sys_boot: the VMM's process has CAP_SYS_BOOT (in the host's own namespace), as root has.
     instruction_emulation: guest stores are carried out by KVM's instruction emulator instead of the CPU (real mode
     without unrestricted guest; what a kvm without vmx/svm does): every store is marked, nothing is mapped.
     """
@@ -36,6 +37,7 @@ class VmConfig:
     quirk_slot_zap_all: bool = True
     mmio_caching: bool = True
     dirty_ring: bool = True
+    cap_sys_boot: bool = True
     instruction_emulation: bool = False
 
     def __post_init__(self) -> None:

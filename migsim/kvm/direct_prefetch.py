@@ -12,6 +12,7 @@ from migsim.kvm.levels import PageFault
 from migsim.kvm.make_spte import make_spte
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
+from migsim.kvm.page_state import mapped_page
 from migsim.kvm.rmap import RmapEntry
 from migsim.kvm.roots import Root
 from migsim.kvm.shadow_fault import PTE_PREFETCH
@@ -62,6 +63,7 @@ def _prefetch_one(mmu: MmuState, root: Root, slot: Memslot, gfn: int, pfn: int, 
         prefetch=True, write_tracked=mmu.refuses_write(slot, gfn, prefetch=True),
     )  # fmt: skip
     install(RmapEntry(root, at), gfn, PG_LEVEL_4K, made.spte)
+    mapped_page(mmu, pfn, writable=True)  # prefetching asks for pages to write to
 
 
 assert ENTRIES % PTE_PREFETCH == 0

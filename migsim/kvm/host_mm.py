@@ -48,6 +48,25 @@ def linear_pfn(hva: int) -> int:
     return hva >> PAGE_SHIFT & (DATA_PFNS - 1)
 
 
+class PageState:
+    """What KVM has told the host about its pages, by frame: PG_dirty and PG_accessed of struct page.
+
+    For small guests whose every page is looked at; `HostMm.page_state` is None where nobody asks.
+    """
+
+    def __init__(self) -> None:
+        self.dirty: set[int] = set()
+        self.accessed: set[int] = set()
+
+    def tell(self, pfn: int, pages: int, *, dirty: bool, accessed: bool) -> None:
+        """kvm_set_pfn_dirty, kvm_set_pfn_accessed: of a huge page the host marks the whole, as a folio."""
+        frames = range(pfn, pfn + pages)
+        if dirty:
+            self.dirty.update(frames)
+        if accessed:
+            self.accessed.update(frames)
+
+
 class HostMm:
     """Backing of the VMM's address space.
 
@@ -62,6 +81,7 @@ class HostMm:
         self._read_only: set[int] = set()
         self._failed: dict[int, Gup] = {}
         self._next_replacement = REPLACED_PFN_BASE
+        self.page_state: PageState | None = None
 
     # -- layout ------------------------------------------------------------------------------------------------------
 

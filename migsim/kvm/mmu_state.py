@@ -222,8 +222,9 @@ class MmuState:
 
     @property
     def at_once(self) -> bool:
-        """May large operations skip the step for every SPTE (nobody wants a tracepoint for each)?"""
-        return self.whole_slots and getattr(self.vm, "trace_sink", None) is None
+        """May large operations skip the step for every SPTE (nobody wants a tracepoint for each, or page states)?"""
+        watched = getattr(self.vm, "trace_sink", None) is not None or self.vm.host.page_state is not None
+        return self.whole_slots and not watched
 
     @property
     def stats(self) -> Stats:

@@ -16,6 +16,7 @@ from migsim.kvm.levels import PageFault, hugepage_adjust
 from migsim.kvm.make_spte import restore_acc_track
 from migsim.kvm.mmio import check_mmio_spte, mmio_gfn
 from migsim.kvm.mmu_state import MmuState, VcpuSeam
+from migsim.kvm.page_state import mapped_page
 from migsim.kvm.paging import Sptep
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import ACC_ALL, PG_LEVEL_4K
@@ -195,9 +196,12 @@ def direct_page_fault(mmu: MmuState, root: Root, fault: PageFault, map_handler: 
     resolved = faultin_pfn(mmu, fault)
     if resolved != RetPf.CONTINUE:
         return resolved
-    # 5 - 8 lock, look again, map
+    # 5 - 8 lock, look again, map, let the page go
+    page, result = fault.pfn, RetPf.RETRY
     with mmu.lock.read():
-        if is_stale(mmu, root, fault):
-            return RetPf.RETRY
-        hugepage_adjust(mmu, fault)
-        return map_handler(mmu, root, fault)
+        if not is_stale(mmu, root, fault):
+            hugepage_adjust(mmu, fault)
+            result = map_handler(mmu, root, fault)
+        if fault.slot is not None:
+            mapped_page(mmu, page, writable=fault.host_writable, unused=result == RetPf.RETRY)
+    return result

@@ -213,9 +213,10 @@ class PagingStructure:
         return True
 
     def clear_bits(self, at: Sptep, mask: int) -> int:
-        """Locked AND with ~mask; returns the old value."""
+        """Locked AND with ~mask; returns the old value. In a table that is being torn down it changes nothing."""
         old = self.read(at)
-        self.write(at, old & ~mask)
+        if at.table_pfn not in self.dying:
+            self.write(at, old & ~mask)
         return old
 
     def leaf_spte(self, gfn: int) -> int:

@@ -18,6 +18,7 @@ from migsim.kvm.mmio import check_mmio_spte, make_mmio_spte, mmio_generation, mm
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.page_fault import count_result, error_code, faultin_pfn, write_protected
 from migsim.kvm.page_limit import PageLimit
+from migsim.kvm.page_state import mapped_page
 from migsim.kvm.shadow_page import ShadowPage
 from migsim.kvm.shadow_pages import ShadowPages
 from migsim.kvm.spte import ACC_WRITE, PG_LEVEL_4K, gfn_round, spte_index
@@ -94,7 +95,10 @@ class ShadowFaults:
             if root.invalid or stale:
                 return RetPf.RETRY
             self.limit.make_available()
-            return self._fetch(walked, fault, root, addr)
+            page, result = fault.pfn, self._fetch(walked, fault, root, addr)
+            if slot is not None:
+                mapped_page(self.mmu, page, writable=fault.host_writable, unused=result == RetPf.RETRY)
+            return result
 
     def _clear_flood(self, root: ShadowPage, addr: int) -> None:
         """The tables on the way are in use: stores to them are no flood (shadow_page_table_clear_flood)."""
@@ -265,4 +269,5 @@ class ShadowFaults:
         if not isinstance(found, HostPage) or not found.writable:  # only pages writable at once are taken
             return False
         self._set_spte(page, entry, gfn, found.pfn, access, slot, host_writable=True, prefetch=True, write=False)
+        mapped_page(self.mmu, found.pfn, writable=True)
         return True

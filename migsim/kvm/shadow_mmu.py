@@ -21,6 +21,7 @@ from migsim.kvm.make_spte import change_pfn, mark_for_access_track
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.page_limit import PageLimit
+from migsim.kvm.page_state import lost_page_state
 from migsim.kvm.rmap import Rmap, RmapEntry
 from migsim.kvm.roots import Root
 from migsim.kvm.shadow_fault import ShadowFaults
@@ -87,18 +88,19 @@ class ShadowMmu:
 
     # -- one SPTE ------------------------------------------------------------------------------------------------------
 
-    def _set(self, entry: RmapEntry, gfn: int, level: int, new: int) -> None:
+    def _set(self, entry: RmapEntry, gfn: int, level: int, new: int, *, aging: bool = False) -> None:
         """Write an SPTE that an rmap led to, with the bookkeeping of its kind of table."""
         table = entry.table
         if isinstance(table, ShadowPage):
             if self.mmu.fmt.is_present(new):
-                table.write(entry.at, new)
+                lost_page_state(self.mmu, table.write(entry.at, new), new, level, aging=aging)
             else:
                 self.pages.drop_entry(entry)
             return
         assert isinstance(table, Root)
         old = table.write(entry.at, new)
-        handle_changed_spte(self.mmu, table, gfn & -pages_per_level(level), old, new, level, shared=False)
+        first = gfn & -pages_per_level(level)
+        handle_changed_spte(self.mmu, table, first, old, new, level, shared=False, aging=aging)
 
     def _change(self, slot: Memslot, gfn: int, level: int, change: Change) -> bool:
         """Apply `change` to every SPTE that maps gfn at `level`; True if one changed."""
@@ -107,7 +109,7 @@ class ShadowMmu:
             old = entry.table.read(entry.at)
             new = change(old)
             if new != old:
-                self._set(entry, gfn, level, new)
+                self._set(entry, gfn, level, new, aging=change == self._old)
                 changed = True
         return changed
 
@@ -175,7 +177,7 @@ class ShadowMmu:
         for level, gfn, entry in self.rmap.shadowed_in(slot.as_id, start, end):
             old = entry.table.read(entry.at)
             if low <= level <= high and change(old) != old:
-                self._set(entry, gfn, level, change(old))
+                self._set(entry, gfn, level, change(old), aging=change == self._old)
                 changed = True
         return changed
 

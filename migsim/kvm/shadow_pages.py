@@ -14,6 +14,7 @@ from typing import Final
 from migsim.kvm.make_spte import make_nonleaf_spte
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
+from migsim.kvm.page_state import lost_page_state
 from migsim.kvm.rmap import CHAIN_ENTRIES, RECYCLE_THRESHOLD, Rmap, RmapEntry
 from migsim.kvm.shadow_page import PageKey, ShadowPage
 from migsim.kvm.spte import PG_LEVEL_4K, U64
@@ -186,9 +187,10 @@ class ShadowPages:
         """Install a leaf and its rmap entry. What pointed to a table, or mapped another frame, has been dropped."""
         fmt, level = self._mmu.fmt, page.key.level
         fmt.validate_leaf(spte, gfn, level)
-        was_mapped = fmt.is_present(page.write(page.at(entry), spte))
+        old = page.write(page.at(entry), spte)
         page.gfns[entry], page.accesses[entry] = gfn, access
-        if was_mapped:
+        if fmt.is_present(old):
+            lost_page_state(self._mmu, old, spte, level)
             return
         self._count(level, 1)
         before = self.rmap.add(page.key.as_id, level, gfn, RmapEntry(page, page.at(entry)))
@@ -216,6 +218,7 @@ class ShadowPages:
         if not fmt.is_present(spte):
             return 0
         if fmt.is_leaf(spte, page.key.level):
+            lost_page_state(self._mmu, spte, fmt.nonpresent, page.key.level)
             gfn = page.gfns.pop(entry)
             del page.accesses[entry]
             self.rmap.remove(page.key.as_id, page.key.level, gfn, RmapEntry(page, page.at(entry)))

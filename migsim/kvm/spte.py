@@ -146,15 +146,19 @@ class SpteFormat:
             return bool(spte & self.dirty)
         return bool(spte & self.writable)
 
-    def is_volatile(self, spte: int, level: int) -> bool:
-        """Can the CPU or the fast path change this SPTE at any time, so that it must be exchanged atomically?"""
+    def is_volatile(self, spte: int, level: int, *, by_accessed: bool = False) -> bool:
+        """Can the CPU or the fast path change this SPTE at any time, so that it must be exchanged atomically?
+
+        `by_accessed`: an A bit that the CPU may set counts, too (until Linux 6.12: since then losing it is tolerated).
+        """
         if not self.is_present(spte) or not self.is_leaf(spte, level):
             return False
         if self.is_mmu_writable(spte) and not self.is_writable(spte):
             return True
         if not self.ad_enabled(spte):
             return True
-        return not spte & self.accessed or (self.is_writable(spte) and not spte & self.dirty)
+        clean = self.is_writable(spte) and not spte & self.dirty
+        return clean or (by_accessed and not spte & self.accessed)
 
     def allows(self, spte: int, *, write: bool, exec: bool) -> bool:
         """Would the hardware let this access through a present leaf?"""

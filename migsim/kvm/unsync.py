@@ -17,6 +17,7 @@ from migsim.kvm.make_spte import make_spte
 from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmio import make_mmio_spte, mmio_gfn
 from migsim.kvm.mmu_state import MmuState
+from migsim.kvm.page_state import lost_page_state
 from migsim.kvm.shadow_page import ShadowPage
 from migsim.kvm.shadow_pages import ShadowPages
 from migsim.kvm.spte import ACC_WRITE, PG_LEVEL_4K, spte_index
@@ -185,6 +186,7 @@ class Unsync:
             self._mmu.vm.mark_page_dirty_in_slot(slot, gfn, None)
         page.accesses[entry] = access
         page.write(page.at(entry), made.spte)
+        lost_page_state(self._mmu, old, made.spte, PG_LEVEL_4K)
         return int(fmt.is_mmu_writable(old) and not fmt.is_mmu_writable(made.spte))
 
 

@@ -29,7 +29,8 @@ class Vintage:
     aging needs RCU alone, or the rmap head's lock bit (6.14). nx_read_lock: NX recovery of the TDP MMU holds mmu_lock
     for read (6.18, a5775090), before for write. root_read_lock: roots are allocated and freed under the read lock and
     tdp_mmu_pages_lock (6.9). pages_list: every table of the TDP MMU is on a list, so that linking and unlinking one
-    takes tdp_mmu_pages_lock (5.12 to 6.1; d25ceb92 counts them instead).
+    takes tdp_mmu_pages_lock (5.12 to 6.1; d25ceb92 counts them instead). pushes_page_state: the host's page is told
+    that it is dirty or accessed when an SPTE that says so goes (until 6.12), and no longer when it is mapped.
     tdp: the TDP MMU serves direct roots; else the shadow MMU does.
     """
 
@@ -54,11 +55,13 @@ class Vintage:
     nx_read_lock: bool = True
     root_read_lock: bool = True
     pages_list: bool = False
+    pushes_page_state: bool = False
 
 
 TDP: Final = Vintage("tdp")
 TDP_6_8: Final = replace(TDP, name="tdp-6.8", disable="zap-tables", write_protected=False,
-                          changed_pte=True, lockless_aging=False, nx_read_lock=False, root_read_lock=False)  # fmt: skip
+                          changed_pte=True, lockless_aging=False, nx_read_lock=False, root_read_lock=False,
+                          pushes_page_state=True)  # fmt: skip
 TDP_5_19: Final = replace(TDP_6_8, name="tdp-5.19", splits_on_fault=False, nx_skips_logged=False,
                            nested_eager_split=False, pages_list=True)  # fmt: skip
 TDP_5_15: Final = replace(TDP_5_19, name="tdp-5.15", eager_split=False, disable="zap-leafs")
@@ -82,6 +85,7 @@ TDP_5_10: Final = Vintage(
     lockless_aging=False,
     nx_read_lock=False,
     root_read_lock=False,
+    pushes_page_state=True,
 )
 SHADOW: Final = replace(
     TDP, name="shadow", tdp=False, shared_lock=False, eager_split=False, nested_eager_split=False,

@@ -53,9 +53,8 @@ def zap_table(mmu: MmuState, root: Root, table_pfn: int) -> bool:
                 continue
             if not mmu.fmt.is_present(it.old_spte) or it.is_leaf or mmu.fmt.pfn(it.old_spte) != table_pfn:
                 return False
-            while not set_spte_atomic(mmu, it, mmu.fmt.nonpresent):
-                pass
-            return True
+            # the only legal changes of a table's entry are its removal and its replacement: who lost was too late
+            return set_spte_atomic(mmu, it, mmu.fmt.nonpresent)
     return False
 
 
@@ -76,7 +75,8 @@ def zap_root(mmu: MmuState, root: Root) -> None:
                     continue
                 if it.level > level or not mmu.fmt.is_present(it.old_spte):
                     continue
-                while not set_spte_atomic(mmu, it, mmu.fmt.nonpresent):
+                # an entry that became FROZEN meanwhile is going already: it is not present, and so left alone
+                while mmu.fmt.is_present(it.old_spte) and not set_spte_atomic(mmu, it, mmu.fmt.nonpresent):
                     pass
                 flush = not root.invalid
     assert sum(root.n_tables) == 1, f"{root!r} zapped, yet tables {root.count_tables()} are linked"

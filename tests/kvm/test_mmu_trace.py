@@ -56,6 +56,25 @@ def test_the_fast_path_traces_what_it_changed(mmu_guest) -> None:
     guest.close()
 
 
+def test_the_fast_path_traces_also_what_it_did_not_have_to_or_could_not_repair(mmu_guest) -> None:
+    out = io.StringIO()
+    guest = mmu_guest(VmConfig(smm=False, pml=False), level=1)
+    guest.write(5, 6)
+    guest.vm.trace_sink = JsonLines(out, frozenset({"fast_page_fault"}))
+    guest.mmu.page_fault(guest.vcpu, 5 * PAGE, write=True)  # as after another vCPU's repair
+    at = list(guest.root.walk(6))[-1][0]
+    guest.root.clear_bits(at, guest.mmu.fmt.writable | guest.mmu.fmt.mmu_writable)
+    guest.mmu.page_fault(guest.vcpu, 6 * PAGE, write=True)
+    guest.mmu.page_fault(guest.vcpu, 7 * PAGE, write=True)  # nothing is there: not eligible, so not traced
+    guest.vm.trace_sink = None
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [(event["spurious"], event["fixed"]) for event in events] == [(True, False), (False, False)]
+    assert all(event["new_spte"] == event["old_spte"] for event in events)
+    assert guest.vm.stats.pf_fast == 1, "an outcome that is neither is no fast fault"
+    guest.vm.flush_remote_tlbs()
+    guest.close()
+
+
 def test_the_valid_generation_toggles_with_every_zap_of_all(mmu_guest) -> None:
     guest, seen = mmu_guest(level=1), []
     guest.vm.trace_sink = lambda name, fields: seen.append(fields.get("mmu_valid_gen"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -78,8 +79,79 @@ def _(honest: Any) -> Any:
     return store
 
 
+column("6.1 table pages", "tdp_mmu.list_table", "pages_list", True, "lists every table")
+gone("6.1 table pages", "changed_spte.unlist_table", "leaves tables on the lists")
+column("6.9 roots are allocated", "mmu_vcpu.VcpuMmu.load_root", "root_read_lock", False, "takes the exclusive lock")
+inside("6.9 roots are allocated", "mmu_vcpu.VcpuMmu.unload", "takes no lock", "mmu_vcpu.VcpuMmu._root_lock",
+       lambda _: lambda mmu: nullcontext(False))  # fmt: skip
+gone("6.13 dirty and accessed", "page_state.mapped_page", "tells nobody")
+gone("6.13 dirty and accessed", "page_state.lost_page_state", "tells nobody")
+gone("L1TF:", "spte.l1tf_mask", "guards nothing", answer=0)
+without("L1TF:", "mmio.mmio_gfn", "reads the gfn where it would be without the guard",
+        lambda honest: lambda fmt, spte: honest(replace(fmt, rsvd_mask=0), spte))  # fmt: skip
+without("a vCPU remembers", "mmio.MmioCache.match_gpa", "knows nothing", lambda _: lambda *_: False)
+without("a vCPU remembers", "mmio.MmioCache.match_gpa", "does not ask for the generation",
+        lambda honest: lambda cache, gpa, generation: honest(cache, gpa, cache.generation))  # fmt: skip
+
+
+@without("a vCPU remembers", "mmio.MmioCache.cache", "learns while the slots change")
+def _(honest: Any) -> Any:
+    return lambda cache, gva, gfn, access, generation: honest(cache, gva, gfn, access, generation & ~(1 << 63))
+
+
+gone("a vCPU remembers", "mmio.MmioCache.clear", "forgets nothing")
+
+
+@without("KVM_CAP_VM_DISABLE_NX_HUGE_PAGES", "caps.Caps.disable_nx_huge_pages", "looks at the argument first")
+def _(honest: Any) -> Any:
+    def disable(caps: Any, arg: int) -> None:
+        if arg:
+            raise OSError(22, "argument")
+        honest(caps, arg)
+
+    return disable
+
+
+@without("the fast path's tracepoint", "page_fault.fast_page_fault", "traces repairs alone")
+def _(honest: Any) -> Any:
+    def fast(mmu: Any, root: Any, fault: Any) -> RetPf:
+        sink, mmu.vm.trace_sink = mmu.vm.trace_sink, None
+        result = honest(mmu, root, fault)
+        mmu.vm.trace_sink = sink
+        return RetPf(result)
+
+    return fast
+
+
+@without("loops that meet", "tdp_log.wrprot_range", "installs whatever is there by now")
+def _(honest: Any) -> Any:
+    def protect(mmu: Any, root: Any, start: int, end: int, min_level: int) -> bool:
+        with mmu.rcu.read():
+            for it in for_each_tdp_pte(root, start, end, min_level):
+                if it.is_leaf and mmu.fmt.is_writable(it.old_spte):
+                    new = it.old_spte & ~mmu.fmt.writable
+                    if not changed_spte.set_spte_atomic(mmu, it, new):
+                        root.write(it.at, new)
+        return True
+
+    return protect
+
+
+@without("loops that meet", "zap.zap_root", "tries until it is its own")
+def _(honest: Any) -> Any:
+    def zap(mmu: Any, root: Any) -> None:
+        for level in (1, 2, 3, root.level):
+            with mmu.rcu.read():
+                for it in for_each_tdp_pte(root, 0, 1 << 9 * root.level, level):
+                    if it.level <= level and mmu.fmt.is_present(it.old_spte):
+                        while not changed_spte.set_spte_atomic(mmu, it, mmu.fmt.nonpresent):
+                            pass
+
+    return zap
+
+
 without("5.19 volatile SPTEs are exchanged", "spte.SpteFormat.is_volatile", "knows of A and D alone",
-        lambda honest: lambda fmt, spte, level: honest(fmt, spte | fmt.writable, level))  # fmt: skip
+        lambda honest: lambda fmt, spte, level, **more: honest(fmt, spte | fmt.writable, level, **more))  # fmt: skip
 column("6.2 a huge page in the way", "tdp_mmu.split_huge_page", "splits_on_fault", False, "zaps it")
 
 

@@ -57,11 +57,11 @@ gone("4", "roots.RootList.put", "never gives a reference back")
 
 @without("5", "changed_spte.handle_changed_spte", "lets a leaf change its frame in place")
 def _(honest: Any) -> Any:
-    def handle(mmu: Any, root: Any, gfn: int, old: int, new: int, level: int, *, shared: bool) -> None:
+    def handle(mmu: Any, root: Any, gfn: int, old: int, new: int, level: int, **how: bool) -> None:
         fmt = mmu.fmt
         leaves = fmt.is_present(old) and fmt.is_present(new) and fmt.is_leaf(old, level) and fmt.is_leaf(new, level)
         if not leaves or fmt.pfn(old) == fmt.pfn(new):
-            honest(mmu, root, gfn, old, new, level, shared=shared)
+            honest(mmu, root, gfn, old, new, level, **how)
 
     return handle
 
