@@ -91,6 +91,9 @@ class BulkSlot:
         self.plain = self.fast_path and locked is None
         self.silent = not mmu.vintage.protects_huge_at_enable
         self._level_3_rows: dict[int, int] = {}
+        fmt = mmu.fmt
+        plain = fmt.present | fmt.writable | fmt.dirty | fmt.accessed | fmt.mmu_writable
+        self._plain_1g = plain | PAGE_SIZE_BIT  # of a 1G leaf that is split to 4K in one step
         self._region: Flags = np.full(-(-slot.npages // REGION_PAGES), EMPTY, dtype=np.uint8)
         self.leaves = Leaves(
             self._region, self.present.words, self.present.full, self.writable.words, self.writable.full,
@@ -270,18 +273,15 @@ class BulkSlot:
         """The common case, a chunk that is one 1G leaf with W, D and A, in one step to 4K; False: not that case."""
         root, fmt, stats, above = self._root, self._mmu.fmt, self._mmu.stats, self._level_3(gfn)
         entry = gfn >> 2 * LEVEL_BITS & 511
-        huge = int(root.tables[above, entry]) if above >= 0 else 0
-        wanted = fmt.present | fmt.writable | fmt.dirty | fmt.accessed | fmt.mmu_writable | PAGE_SIZE_BIT
-        if huge & wanted != wanted:
+        if above < 0 or int(root.tables[above, entry]) & self._plain_1g != self._plain_1g:
             return False
-        planes = root.leaf[self._slot.id]
         table = root.alloc_table(PG_LEVEL_2M, gfn)
         first = make_nonleaf_spte(fmt, LEAF_TABLE_PFN_BASE + (gfn >> LEVEL_BITS), root.ad_type)
         np.add(_STEPS, np.uint64(first), out=root.tables[table - TABLE_PFN_BASE])
         root.tables[above, entry] = make_nonleaf_spte(fmt, table, root.ad_type)
         root.n_tables[PG_LEVEL_4K] += ENTRIES
-        for plane in (planes.present, planes.writable, planes.dirty, planes.accessed):
-            plane.full[chunk] = 2  # planes are zero where nothing is present, so nothing has to be written
+        for full in (self.present.full, self.writable.full, self.dirty.full, self.leaves.accessed_full):
+            full[chunk] = 2  # planes are zero where nothing is present, so nothing has to be written
         stats.update_page_stats(PG_LEVEL_1G, -1)
         stats.update_page_stats(PG_LEVEL_4K, CHUNK_PAGES)
         self._vm.meter.count("huge_page_split", 1 + ENTRIES)

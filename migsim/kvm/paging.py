@@ -32,6 +32,9 @@ from migsim.kvm.spte import (
 from migsim.units import LEVEL_BITS, pages_per_level
 
 
+_ROWS_FIRST, _ROWS_MORE = 4, 256  # rows of tables to start with, and at most filled at a time: 1 MiB
+
+
 class Sptep(NamedTuple):
     """Where an SPTE lives: frame of the table, entry 0..511 in it."""
 
@@ -65,10 +68,11 @@ class PagingStructure:
         self.fmt = fmt
         self.level = level
         self.ad_type = ad_type
-        self.tables: NDArray[np.uint64] = np.full((4, ENTRIES), fmt.nonpresent, dtype=np.uint64)
-        self.table_level: NDArray[np.uint8] = np.zeros(4, dtype=np.uint8)
-        self.table_gfn: NDArray[np.int64] = np.zeros(4, dtype=np.int64)
-        self.free_rows: list[int] = [3, 2, 1, 0]
+        self._room: NDArray[np.uint64] = np.empty((_ROWS_FIRST, ENTRIES), dtype=np.uint64)
+        self.tables: NDArray[np.uint64] = self._room[:0]
+        self.table_level: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
+        self.table_gfn: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.free_rows: list[int] = []
         self.n_tables = [0] * (MAX_LEVEL + 1)
         self.leaf: dict[int, LeafPlanes] = {}
         self.mmio: dict[int, int] = {}
@@ -123,12 +127,23 @@ class PagingStructure:
         return table_pfn - TABLE_PFN_BASE
 
     def _grow(self) -> None:
+        """More empty rows. Those beyond `tables` in `_room` are address space that nobody has touched."""
         rows = len(self.tables)
-        empty = np.full((rows, ENTRIES), self.fmt.nonpresent, dtype=np.uint64)
-        self.tables = np.concatenate((self.tables, empty))
-        self.table_level = np.concatenate((self.table_level, np.zeros(rows, dtype=np.uint8)))
-        self.table_gfn = np.concatenate((self.table_gfn, np.zeros(rows, dtype=np.int64)))
-        self.free_rows = list(range(2 * rows - 1, rows - 1, -1))
+        more = max(_ROWS_FIRST, min(rows, _ROWS_MORE))
+        if rows + more > len(self._room):
+            room = np.empty((max(2 * (rows + more), self._rows_at_most() + more), ENTRIES), dtype=np.uint64)
+            room[:rows] = self.tables
+            self._room = room
+        self.tables = self._room[: rows + more]
+        self.tables[rows:] = self.fmt.nonpresent
+        self.table_level = np.concatenate((self.table_level, np.zeros(more, dtype=np.uint8)))
+        self.table_gfn = np.concatenate((self.table_gfn, np.zeros(more, dtype=np.int64)))
+        self.free_rows = list(range(rows + more - 1, rows - 1, -1))
+
+    def _rows_at_most(self) -> int:
+        """Tables of level 2 and more if all of every slot were mapped at 4K: one a span at each level, and the edges."""
+        spans = [pages_per_level(level + 1) for level in range(PG_LEVEL_2M, self.level + 1)]
+        return sum(p.npages // span + 2 for p in self._by_base for span in spans)
 
     def level_of(self, table_pfn: int) -> int:
         """Level of a table page."""

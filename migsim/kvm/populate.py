@@ -37,12 +37,12 @@ def populate(mmu: MmuState, root: Root, slot: Memslot, first: int, pages: int) -
 
 def _alike(mmu: MmuState, slot: Memslot, gfn: int, level: int, most: int, end: int) -> int:
     """How many pages of `level` from gfn on, at most `most`, may be mapped so."""
-    span, first = pages_per_level(level), (gfn >> LEVEL_BITS) - (slot.base_gfn >> LEVEL_BITS)
-    if level == PG_LEVEL_2M:
-        refused = np.flatnonzero(slot.arch.counts[PG_LEVEL_2M][first : first + most])
-        run = int(refused[0]) if len(refused) else most
-        if (mmu.vm.host.uniform_level(slot.hva(gfn), run * span << PAGE_SHIFT) or 0) >= PG_LEVEL_2M:
-            return run
+    span = pages_per_level(level)
+    first = gfn // span - slot.base_gfn // span
+    refused = np.flatnonzero(slot.arch.counts[level][first : first + most])
+    run = int(refused[0]) if len(refused) else most
+    if (mmu.vm.host.uniform_level(slot.hva(gfn), run * span << PAGE_SHIFT) or 0) >= level:
+        return run
     count = 1
     while count < most and _level_at(mmu, slot, gfn + count * span, end) == level:
         count += 1
