@@ -169,6 +169,21 @@ class FusedRam(Ram):
             for extent in side[:1]:
                 close_chunk(extent.block)
 
+    def round_out(self, host_page: int) -> None:
+        """As Ram.round_out. What the last GET showed is written down first where the bitmap stood in for it."""
+        self._close_chunks()
+        for extent in (extent for side in self.extents for extent in side if host_page > 1):
+            slot, block = extent.slot, extent.block
+            for sc in np.flatnonzero(slot.known_is_bmap).tolist():
+                chunk, words = sc + slot.offset, min(CHUNK_WORDS, len(slot.known) - sc * CHUNK_WORDS)
+                if not block.bmap_full[chunk]:
+                    here, there = chunk * CHUNK_WORDS, sc * CHUNK_WORDS
+                    slot.known[there : there + words] = block.bmap[here : here + words]
+                    here, there = chunk * SUMMARY_WORDS, sc * SUMMARY_WORDS
+                    slot.known_summary[there : there + SUMMARY_WORDS] = block.bmap_summary[here : here + SUMMARY_WORDS]
+                    slot.known_is_bmap[sc] = 0
+        super().round_out(host_page)
+
     def costs_now(self) -> Costs:
         """The kernels' form of the costs in force, made anew only when they have changed."""
         c = self.costs

@@ -117,9 +117,12 @@ class HostCosts:
             ends = zip(workload.first.tolist(), workload.end.tolist(), strict=True)
             missing = np.array([ram.dirty_between(first, end) for first, end in ends], dtype=np.float64)
             latency_ns, answer_ns = self._fault_ns()
+            # a huge page comes whole: random writes meet so many fewer pages, a sweep pays once in so many writes
+            unit, sweeps = BACKING_PAGES[self.scenario.guest.backing], workload.law == SEQUENTIAL
+            pages = (workload.end - workload.first).astype(np.float64)
             return PostcopyFaults(
-                self.scenario.guest.vcpus, (workload.end - workload.first).astype(np.float64), missing,
-                workload.law == SEQUENTIAL, latency_ns, answer_ns,
+                self.scenario.guest.vcpus, np.where(sweeps, pages, pages / unit), missing / unit, sweeps, latency_ns,
+                answer_ns,
             )  # fmt: skip
 
         return start
@@ -136,4 +139,5 @@ class HostCosts:
         request_ns = own.get("qemu_postcopy_request", ASSUMED_NS["qemu_postcopy_request"])
         free = "postcopy-preempt" in m.capabilities or 0 < m.max_postcopy_bandwidth < link.bandwidth
         queued = 0.0 if free else QUEUED_BYTES / PAGE_SIZE * wire_ns / page_ns
-        return fault_latency_ns(FaultCosts(request_ns, page_ns, queued), link.latency) - page_ns, page_ns
+        latency_ns = fault_latency_ns(FaultCosts(request_ns, page_ns, queued), link.latency) - page_ns
+        return latency_ns, page_ns * BACKING_PAGES[scenario.guest.backing]

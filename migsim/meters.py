@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from migsim.migration.ram import BlockState
 from migsim.perf.pools import Span
 from migsim.perf.postcopy_faults import PostcopyFaults
 from migsim.perf.slowdown import ClosedLoop, RoundCost, Window
-from migsim.units import CHUNK_PAGES, NS_PER_S
+from migsim.units import CHUNK_PAGES, NS_PER_MS, NS_PER_S
 
 __all__ = ["Meters", "RamCounters", "RoundRow", "Switched"]
 
@@ -219,6 +219,21 @@ class Meters:
         else:
             self.faults.advance(duration, rates, missing_pages / self._missing)
         self._ran_ns, self._left = now_ns, missing_pages
+
+    def blocktime(self, writing: int) -> dict[str, Any]:
+        """What postcopy-blocktime adds to the destination's query-migrate, ms; `writing` vCPUs write, the others idle.
+
+        The first figure is the time in which every vCPU of the guest waited.
+        """
+        faults = self.faults
+        if faults is None:
+            return {}
+        each = round(faults.blocked_ns / writing / NS_PER_MS) if writing else 0
+        everyone = faults.all_blocked_ns if writing == faults.vcpus else 0.0
+        return {
+            "postcopy-blocktime": round(everyone / NS_PER_MS),
+            "postcopy-vcpu-blocktime": [each] * writing + [0] * (faults.vcpus - writing),
+        }
 
     def pages_asked_for(self) -> int:
         """Post-copy's page requests so far, expected."""

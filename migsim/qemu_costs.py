@@ -14,7 +14,7 @@ from migsim.migration.loop_types import LoopCosts
 from migsim.migration.policies.auto_converge import TIMESLICE_NS
 from migsim.migration.ram import PS_PER_NS, SaveCosts
 from migsim.migration.wire import NORMAL_PAGE, ZERO_PAGE, RamBlockName, stream_setup
-from migsim.scenario import Scenario
+from migsim.scenario import BACKING_BYTES, Scenario
 from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
 
 TICK_SHARE, TICK_FROM_NS = 0.2, 5 * NS_PER_MS
@@ -121,17 +121,18 @@ class QemuCosts:
         """The operation by which a channel sends a page."""
         m = self.scenario.migration
         if "zero-copy-send" in m.capabilities:
-            return "multifd_page_zero_copy"
+            return "multifd_page_zero_copy_copied" if self.scenario.link.copies_zero_copy else "multifd_page_zero_copy"
         return "multifd_page_direct_io" if m.direct_io and self.mapped_ram else "multifd_page"
 
-    def save(self, link_bytes_per_s: float, *, first_pass: bool = False) -> SaveCosts:
+    def save(self, link_bytes_per_s: float, *, first_pass: bool = False, postcopy: bool = False) -> SaveCosts:
         """Costs of a page on a link of that speed: the slowest of thread, channels and wire sets the pace.
 
-        In the first pass over RAM a destination that was started without its memory is the slowest.
+        In the first pass over RAM a destination that was started without its memory is the slowest. In post-copy pages
+        leave multifd's channels for the main one.
         """
         thread_ns, zero_ns, normal_bytes = self._page_ns(), self.ns("qemu_zero_page"), NORMAL_PAGE
         wire_bytes, zero_bytes = float(normal_bytes), 0 if self.mapped_ram else ZERO_PAGE
-        if self.multifd:
+        if self.multifd and not postcopy:
             channels = self.scenario.migration.multifd_channels
             page = self.channel_page()
             normal_bytes, wire_bytes = page.stream_bytes, page.wire_bytes  # packets are migration.multifd's
@@ -203,6 +204,7 @@ class QemuCosts:
     def loop(self) -> LoopCosts:
         """Costs of the loop's own steps."""
         latency_ns = 0 if self.scenario.migration.to_file else self.scenario.link.latency
+        tls_ns = self.ns("tls_byte") * NORMAL_PAGE if self.tls else 0.0  # where pages are placed, decrypting adds up
         return LoopCosts(
             setup_bytes=self.setup_bytes(),
             load_ns=round(self.ns("qemu_device_load")),
@@ -211,8 +213,9 @@ class QemuCosts:
             wake_ns=round(self.ns("qemu_wake")),
             window_ns=round(self.ns("qemu_window")),
             discard_page_ns=self.ns("qemu_postcopy_discard_page"),
-            postcopy_page_ns=self.ns("qemu_postcopy_page"),
-            postcopy_calm_page_ns=self.ns("qemu_postcopy_page_calm"),
+            host_page=BACKING_BYTES[self.scenario.guest.backing] // PAGE_SIZE,
+            postcopy_page_ns=self.ns("qemu_postcopy_page") + tls_ns,
+            postcopy_calm_page_ns=self.ns("qemu_postcopy_page_calm") + tls_ns,
             postcopy_run_ns=round(self.ns("qemu_postcopy_run")),
             sync_ns=round(self.ns("qemu_sync")),
             sync_page_ps=round(self.ns("qemu_sync_page") * PS_PER_NS),

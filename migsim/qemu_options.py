@@ -97,6 +97,8 @@ def wire_ram(scenario: Scenario, ram: Ram, world: World, costs: QemuCosts) -> Ra
         return MultifdRam(
             ram, m.multifd_channels, requeue, sync_each_section=old, zero_on_channels=zero.on_channels,
             page_bytes=costs.channel_page().stream_bytes,
+            copied="zero-copy-send" in m.capabilities and scenario.link.copies_zero_copy,
+            main_costs=lambda: costs.save(link_bytes_per_s(scenario, world.workload.now_ns), postcopy=True),
         )  # fmt: skip
     if "compress" in m.capabilities:
         return CompressRam(ram, lambda: costs.threaded_page(link_bytes_per_s(scenario, world.workload.now_ns)))

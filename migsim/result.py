@@ -95,6 +95,7 @@ class Result(Struct, frozen=True, kw_only=True, rename="kebab"):
     kvm: dict[str, Any] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
     verify: dict[str, Any] = field(default_factory=dict)
+    destination: dict[str, Any] = field(default_factory=dict)  # its query-migrate, with postcopy-blocktime
     file: dict[str, Any] = field(default_factory=dict)  # of a migration to one: its size, and where blocks lie
     dirty_rate: tuple[DirtyRate, ...] = ()
     # as query-vcpu-dirty-limit answered at the end of dirty-limit's last period

@@ -271,8 +271,17 @@ def _result(
         },
         verify=checked,
         vcpu_dirty_limit=tuple(loop.limited),
+        destination=_destination(scenario, meters) if converged else {},
         file=_file(scenario, loop, costs) if converged and scenario.migration.to_file else {},
     )
+
+
+def _destination(scenario: Scenario, meters: Meters) -> dict[str, object]:
+    """query-migrate at the destination, where it says more than that it is there."""
+    if "postcopy-blocktime" not in scenario.migration.capabilities:
+        return {}
+    writing = max((w.vcpus or 1 for w in scenario.guest.workload if w.pages_per_s), default=0)
+    return {"status": "completed"} | meters.blocktime(writing)
 
 
 def _file(scenario: Scenario, loop: Precopy, costs: QemuCosts) -> dict[str, object]:

@@ -54,7 +54,7 @@ OTHER_LOOPS: Final[Mapping[str, str]] = {
 #: Capabilities and parameters that QEMU accepts and that have no effect here: on disks, on the destination's memory,
 #: on who may connect, on announcements after the end, or on costs that a host profile carries.
 WITHOUT_EFFECT: Final = frozenset({
-    "rdma-pin-all", "zero-blocks", "block", "release-ram", "dirty-bitmaps", "postcopy-blocktime", "x-ignore-shared",
+    "rdma-pin-all", "zero-blocks", "block", "release-ram", "dirty-bitmaps", "x-ignore-shared",
     "announce-initial", "announce-max", "announce-rounds", "announce-step",
     "tls-hostname", "tls-authz", "block-bitmap-mapping", "block-incremental", "x-checkpoint-delay",
 })  # fmt: skip

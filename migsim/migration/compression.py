@@ -25,6 +25,7 @@ ASSUMED_NS: Final[Mapping[str, float]] = {
     "multifd_uadk_page": 1_000.0, "multifd_unuadk_page": 1_000.0,
     "multifd_qatzip_page": 1_000.0, "multifd_unqatzip_page": 1_000.0,
     "multifd_page_zero_copy": 600.0,  # multifd-page without the copy into the socket; the page is pinned instead
+    "multifd_page_zero_copy_copied": 1_600.0,  # multifd-page, and the page pinned for nothing
     "tls_byte": 0.4,  # AES-GCM through GnuTLS, 2.5 GB/s a core
 }  # fmt: skip
 LEVEL_STEP: Final = {"zlib": 0.5, "zstd": 0.3}  # each level above the first: so much longer to pack

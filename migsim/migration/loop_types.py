@@ -26,7 +26,13 @@ class RamState(Protocol):
         """The vCPUs stand still: from here on a CLEAR kicks nobody."""
 
     def enter_last_stage(self) -> None:
-        """What follows is the last pass (RAMState.last_stage), or post-copy: caches take no more pages."""
+        """What follows is the last pass (RAMState.last_stage): caches take no more pages."""
+
+    def round_out(self, host_page: int) -> None:
+        """At post-copy's switch: a host page (of so many target pages) with a dirty page is dirty altogether."""
+
+    def enter_postcopy(self) -> None:
+        """From here on every page goes out on the main channel, by itself: no packets, no differences."""
 
     def update_rates(self) -> None:
         """migration_update_rates: a period of statistics ends."""
@@ -102,6 +108,7 @@ class LoopCosts:
     setup_bytes: int = 0  # stream header, configuration and RAM's setup section
     section_header_bytes: int = 5  # written before a section's first page
     ram_name_bytes: int = len("pc.ram")  # the block's name in post-copy's discard commands
+    host_page: int = 1  # target pages of the page size that backs RAM: what post-copy discards and places
     discard_page_ns: float = 0.0  # post-copy: naming one dirty page to the destination
     postcopy_page_ns: float = 0.0  # post-copy: one page sent, received and placed while the guest asks for others
     postcopy_calm_page_ns: float = 0.0  # the same once it misses none of those it writes to; 0: as much

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from migsim.planes import Plane
-from migsim.units import CHUNK_PAGES, words_of
+from migsim.planes import ALL_ONES, Plane, Words, tail_mask
+from migsim.units import CHUNK_PAGES, WORD_BITS, words_of
 
-__all__ = ["between", "runs"]
+__all__ = ["between", "round_out", "runs"]
 
 
 def runs(bmap: Plane) -> int:
@@ -42,3 +42,29 @@ def between(bmap: Plane, first: int, end: int) -> int:
             total += int(np.bitwise_count(words).sum())
         first = stop
     return total
+
+
+def round_out(bmap: Plane, summary: Words, host_page: int) -> int:
+    """Mark every page of each host page (of `host_page` pages, a multiple of 64) that has one marked; pages added.
+
+    Host pages are counted from the plane's beginning; the last one may be cut short.
+    """
+    assert host_page % WORD_BITS == 0 and CHUNK_PAGES % host_page == 0, host_page
+    per, added = host_page // WORD_BITS, 0
+    for chunk in range(len(bmap.full)):
+        if bmap.full[chunk]:
+            continue
+        where = bmap.chunk_words(chunk)
+        words = bmap.words[where]
+        before = int(np.bitwise_count(words).sum())
+        if not before:
+            continue
+        some = np.logical_or.reduceat(words != 0, np.arange(0, len(words), per))
+        marked = np.flatnonzero(np.repeat(some, per)[: len(words)])
+        words[marked] = ALL_ONES
+        if where.stop == len(bmap.words) and words[-1]:
+            words[-1] = np.uint64(tail_mask(bmap.n))
+        at = marked + where.start
+        np.bitwise_or.at(summary, at >> 6, np.uint64(1) << (at & 63).astype(np.uint64))
+        added += int(np.bitwise_count(words).sum()) - before
+    return added

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from migsim.migration.over_ram import OverRam
-from migsim.migration.ram import Ram, Saved, SaveLimits
+from migsim.migration.ram import Ram, SaveCosts, Saved, SaveLimits
 from migsim.migration.ram_kernels import END_OF_SPAN, RATE_LIMIT, TIME_LIMIT
 from migsim.migration.wire import MULTIFD_PACKET_PAGES, ZERO_PAGE, multifd_packet, multifd_packet_header
 from migsim.units import PAGE_SIZE
@@ -42,16 +42,45 @@ class MultifdRam(OverRam[Ram]):
     zero_bytes: int = ZERO_PAGE  # of a zero page the main thread found
     setup_synced: bool = False
     owed: float = 0.0  # fractional requeued pages not yet sent
+    copied: bool = False  # zero-copy-send, and the kernel copied all the same: each flush of a channel counts
+    main_costs: Callable[[], SaveCosts] | None = None  # of a page on the main channel: post-copy's
+    in_postcopy: bool = False
+    unflushed: int = 0  # pages sent since the last flush
+
+    def enter_postcopy(self) -> None:
+        assert self.main_costs is not None, "without what a page costs there"
+        self.in_postcopy = True
+        self.ram.enter_postcopy()
 
     def save(self, limits: SaveLimits) -> Saved:
         """One section: whole packets until the limit is passed, what is left in a last one, then the barrier."""
+        if self.in_postcopy:
+            return self._on_main_channel(limits)
         sum_ = _Sum(page_bytes=self.page_bytes, header_bytes=self.header_bytes)
         why = self._with_unit_costs(lambda: self._packets(limits, sum_))
         if sum_.queued:
             sum_.channel_bytes += self.header_bytes + sum_.queued_data * self.page_bytes
-        sum_.channel_bytes += self._barrier(why)
-        page_bytes = sum_.main_bytes + sum_.channel_bytes
-        return Saved(sum_.normal, sum_.zero, page_bytes, sum_.elapsed_ps, why, sum_.channel_bytes)
+        syncs = self._barrier(why)
+        sum_.channel_bytes += syncs * self.header_bytes
+        page_bytes, missed = sum_.main_bytes + sum_.channel_bytes, self._missed(sum_.normal, flushed=syncs > 0)
+        return Saved(sum_.normal, sum_.zero, page_bytes, sum_.elapsed_ps, why, sum_.channel_bytes, 0, missed)
+
+    def _on_main_channel(self, limits: SaveLimits) -> Saved:
+        """Post-copy: no page in a packet, but sections still end with SYNC packets where they did (7.2)."""
+        assert self.main_costs is not None
+        self.ram.costs = self.main_costs()
+        saved = self.ram.save(limits)
+        syncs = self._barrier(saved.why)
+        size, missed = syncs * self.header_bytes, self._missed(0, flushed=syncs > 0)
+        return saved._replace(page_bytes=saved.page_bytes + size, channel_bytes=size, missed_zero_copy=missed)
+
+    def _missed(self, pages: int, *, flushed: bool) -> int:
+        """Flushes that found every send since the last one copied; a channel without sends since then says nothing."""
+        self.unflushed += pages
+        if not (self.copied and flushed):
+            return 0
+        channels, self.unflushed = min(self.channels, -(-self.unflushed // MULTIFD_PACKET_PAGES)), 0
+        return channels
 
     def _packets(self, limits: SaveLimits, sum_: _Sum) -> int:
         while True:
@@ -85,10 +114,10 @@ class MultifdRam(OverRam[Ram]):
         return sent.why
 
     def _barrier(self, why: int) -> int:
-        """SYNC packets: once at setup, then after each section (7.2) or once a scan of RAM."""
+        """SYNC packets, over all channels: once at setup, then after each section (7.2) or once a scan of RAM."""
         rounds = int(not self.setup_synced) + int(self.sync_each_section or why == END_OF_SPAN)
         self.setup_synced = True
-        return rounds * self.channels * self.header_bytes
+        return rounds * self.channels
 
     def _with_unit_costs(self, step: Callable[[], int]) -> int:
         """Let the inner RAM count places in packets: a page of data takes one, a zero page if it is listed."""

@@ -47,6 +47,12 @@ class OverRam(Generic[R]):
     def get_ps(self) -> int:
         return self.ram.get_ps()
 
+    def round_out(self, host_page: int) -> None:
+        self.ram.round_out(host_page)
+
+    def enter_postcopy(self) -> None:
+        self.ram.enter_postcopy()
+
     def dirty_between(self, first: int, end: int) -> int:
         return self.ram.dirty_between(first, end)
 

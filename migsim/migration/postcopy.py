@@ -3,7 +3,9 @@
 Source: QEMU 7.2 and 10.0 migration.c (postcopy_start), ram.c (ram_postcopy_send_discard_bitmap), postcopy-ram.c. The
 guest stops; a last sync; every page that is still dirty is named to the destination, which discards it; the device
 state goes over as one package and the guest runs there. Then the rest is pushed in scan order under
-max-postcopy-bandwidth while faults ask for pages out of turn. The source guest never runs again.
+max-postcopy-bandwidth while faults ask for pages out of turn. The source guest never runs again. Where RAM is backed by
+huge pages, one that is dirty in part is dirty altogether, and asked for as a whole. Pages are placed one at a time and
+whole, so multifd's channels (7.2 takes the pair) and xbzrle rest from the switch on.
 
 A requested page is one of the dirty ones, sent earlier than its turn: requests change the order, hence the guest's
 stall, not the number of pages. What a fault costs the destination is `fault_latency_ns`; how often it pays that, and
@@ -87,6 +89,8 @@ def _start(loop: Precopy) -> bool:
     if late_state or paused:
         loop.set_status("device" if late_state else "postcopy-active")
     switchover.part(loop, "final-sync", loop.sync)
+    loop.ram.round_out(loop.costs.host_page)
+    loop.ram.enter_postcopy()
     if loop.devices.devices:  # they cannot follow the guest: all of their state goes first
         switchover.part(loop, "vfio", lambda: loop.sent_staged(*loop.devices.complete()))
     switchover.part(loop, "discard", lambda: _discard(loop))
@@ -95,8 +99,6 @@ def _start(loop: Precopy) -> bool:
     if late_state:
         loop.set_status("postcopy-active")
     switchover.resumed(loop, loop.devices.load_ns + loop.costs.postcopy_run_ns)
-
-
     return True
 
 

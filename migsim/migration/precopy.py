@@ -306,6 +306,7 @@ class Precopy:
         stats, row = self.stats, self.rounds[-1]
         stats.normal_pages += saved.normal
         stats.zero_pages += saved.duplicate
+        stats.dirty_sync_missed_zero_copy += saved.missed_zero_copy
         stats.extra |= self.ram.reply()
         row.sent_pages += saved.normal + saved.packed
         row.zero_pages += saved.duplicate

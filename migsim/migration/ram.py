@@ -93,6 +93,7 @@ class Saved(NamedTuple):
     why: int  # END_OF_SPAN: nothing dirty is left
     channel_bytes: int = 0  # of page_bytes, on multifd's channels
     packed: int = 0  # pages of data that count as neither: deflated by a thread
+    missed_zero_copy: int = 0  # flushes of channels that found the kernel had copied
 
 
 class SaveLimits(NamedTuple):
@@ -192,6 +193,15 @@ class Ram:
     def dirty_runs(self) -> int:
         """Ranges of consecutive dirty pages, counted block by block."""
         return sum(marked.runs(state.bmap) for state in self.blocks)
+
+    def round_out(self, host_page: int) -> None:
+        """Post-copy places whole host pages: one with a dirty page is dirty altogether (postcopy_chunk_hostpages)."""
+        for state in self.blocks:
+            if state.slots and host_page > 1:
+                self.dirty_pages += marked.round_out(state.bmap, state.bmap_summary, host_page)
+
+    def enter_postcopy(self) -> None:
+        """Every page goes out here by itself anyway."""
 
     def dirty_between(self, first: int, end: int) -> int:
         """How many of the guest pages [first, end) are marked now."""

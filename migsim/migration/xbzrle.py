@@ -98,6 +98,7 @@ class XbzrleRam(OverRam[Ram]):
     syncs: int = 0
     started: bool = False
     last_stage: bool = False
+    in_postcopy: bool = False  # pages are placed whole: no differences any more
     marked_s: tuple[float, float] = (0.0, 0.0)  # guest's clock at the last two syncs: between them pages were marked
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0.0))
     before: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0.0))  # at the last rates
@@ -112,6 +113,10 @@ class XbzrleRam(OverRam[Ram]):
     def enter_last_stage(self) -> None:
         self.last_stage = True
         self.ram.enter_last_stage()
+
+    def enter_postcopy(self) -> None:
+        self.in_postcopy = True
+        self.ram.enter_postcopy()
 
     def reply(self) -> dict[str, Any]:
         """query-migrate's xbzrle-cache; `bytes` and `overflow` are expectations, rounded."""
@@ -133,6 +138,10 @@ class XbzrleRam(OverRam[Ram]):
 
     def save(self, limits: SaveLimits) -> Saved:
         """Batches of dirty pages in scan order: size each, see how many the limits admit, let RAM send just those."""
+        if self.in_postcopy:
+            saved = self.ram.save(limits)
+            self.counts["handled"] += saved.normal + saved.duplicate
+            return saved
         normal = zero = sent_bytes = spent = 0
         why, costs = END_OF_SPAN, self.ram.costs
         self.ram.spent_ps = 0

@@ -33,6 +33,7 @@ class PostcopyFaults:
         self.pages, self.missing, self.sweeps = np.maximum(pages, 1.0), missing, sweeps
         self.written: Floats = np.zeros(len(pages))
         self.faults = self.done = self.wanted = 0.0
+        self.blocked_ns = self.all_blocked_ns = 0.0  # of all vCPUs together; while every one of them waited
         self.stalls = StallHistogram()
 
     @property
@@ -60,6 +61,7 @@ class PostcopyFaults:
         done, wait = self._pace(chance, wanted, duration_ns)
         faults = done * chance
         self.stalls.add_exponential(wait, faults, self.latency_ns + self.answer_ns)
+        self._block(faults * (wait + self.latency_ns + self.answer_ns), duration_ns)
         self.written += share * done
         self.faults, self.done, self.wanted = self.faults + faults, self.done + done, self.wanted + wanted * duration_ns
         return faults
@@ -75,3 +77,10 @@ class PostcopyFaults:
         """Nothing could be fetched for `duration_ns` (a broken link): every vCPU stands at a missing page soon."""
         self.wanted += float(rates.sum()) * duration_ns
         self.stalls.add(duration_ns, self.vcpus)
+        self._block(duration_ns * self.vcpus, duration_ns)
+
+    def _block(self, waited_ns: float, duration_ns: float) -> None:
+        """vCPUs wait independently of one another: all at once for the share of one to their number's power."""
+        share = min(1.0, waited_ns / (duration_ns * self.vcpus))
+        self.blocked_ns += share * duration_ns * self.vcpus
+        self.all_blocked_ns += float(share**self.vcpus) * duration_ns

@@ -66,6 +66,9 @@ class Link(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fie
     bandwidth: Annotated[int, link_rate("of the migration network", ge=1, le=_LINK_MAX)] = 1_250_000_000
     latency: Annotated[int, duration("one way", le=60 * NS_PER_S)] = 50_000
     phases: tuple[LinkPhase, ...] = ()
+    copies_zero_copy: Annotated[
+        bool, Meta(description="MSG_ZEROCOPY sends are copied all the same: loopback, or a NIC without scatter-gather")
+    ] = False
     fail_at: Annotated[int, duration("the connection dies, since the migrate command")] | None = None
     fail_noticed_after: Annotated[int, duration("until the socket reports it; 0: the peer resets")] = 0
 
