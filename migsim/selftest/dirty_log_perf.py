@@ -14,7 +14,7 @@ __all__ = ["dirty_log_perf_test"]
 
 
 def dirty_log_perf_test(vm: Memstress, host: HostProfile, *, iterations: int = 2, seed: int = 1) -> Outcome:
-    """The test's phases in its own order. ValueError for what it asserts: iterations, and slots that divide the guest."""
+    """The test's phases in its own order. ValueError for what it asserts: two iterations, slots that divide evenly."""
     if iterations < 2:
         raise ValueError(f"the test should have at least two iterations, not {iterations}")
     if vm.pages % vm.slots:
