@@ -27,7 +27,6 @@ __all__ = ["HostCosts"]
 BACKING_PAGES: Final[Mapping[str, int]] = {"4K": 1, "2M": 512, "1G": 262144}
 _BACKING_SOURCE: Final = {"4K": "anonymous", "2M": "anonymous_hugetlb_2mb", "1G": "anonymous_hugetlb_1gb"}
 _MANUAL: Final = {"off": 0, "enable": 1, "initially-set": 3}
-_RMAP_HEAD_BYTES: Final = 8  # struct kvm_rmap_head
 
 
 class HostCosts:
@@ -91,11 +90,6 @@ class HostCosts:
             eager_page_split=kvm.eager_page_split,
         ).enable()  # fmt: skip
         return enable_ns(counts, self.profile)
-
-    def rmap_bytes(self) -> int:
-        """Reverse map of the legacy MMU: a head for every gfn of a slot at 4K, 2M and 1G."""
-        pages = self.scenario.guest.pages
-        return _RMAP_HEAD_BYTES * (pages + pages // 512 + pages // 262144) if self.rules.rmap else 0
 
     def meters(self, workload: Workload, ram: RamCounters, operations: Mapping[str, int]) -> Meters:
         """The closed loop of a run. `operations`: the meter's totals, from which `ram` learns what its CLEARs split."""

@@ -67,7 +67,8 @@ def test_the_three_mmus_migrate_the_same_memory_at_different_cost_and_the_report
     columns = list(by_mmu(scenario(backing="2M"), seed=5))
     results = {column.name: column.result for column in columns}
     assert all(r.converged and r.verify["lost-pages"] == 0 for r in results.values())
-    assert len({r.kvm["pf_taken"] for r in results.values()}) == 3
+    faults = {name: r.kvm["pf_taken"] for name, r in results.items()}
+    assert 0 == faults["tdp"] < min(faults["shadow"], faults["tdp-5.10"]), "the others zap a huge page and fault it in"
     memory = {name: r.host["memory"] for name, r in results.items()}
     assert memory["shadow"]["rmap-bytes"] == 8 * (8192 + 16 + 1) and not memory["tdp"]["rmap-bytes"]
     assert memory["tdp"]["page-tables-bytes"] > memory["shadow"]["page-tables-bytes"] > 0, "only tdp splits eagerly"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-__all__ = ["Solution", "Writer", "WriterSolution", "machine_repairman", "solve", "with_writer"]
+__all__ = ["Solution", "Writer", "WriterSolution", "solve", "with_writer"]
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,6 @@ def solve(services: Sequence[float], think_ns: float, customers: int) -> Solutio
     throughput = _mva(np.asarray(services, dtype=np.float64), float(think_ns), customers, residence)
     times = tuple(float(r) for r in residence)
     return Solution(customers, float(throughput), float(think_ns), tuple(float(s) for s in services), times)
-
-
-def machine_repairman(service_ns: float, think_ns: float, customers: int) -> float:
-    """Throughput with one station, in closed form: (1 - B(N, Z/s)) / s with Erlang's loss formula B.
-
-    The server idles exactly when all N customers think, and that probability is Erlang B.
-    """
-    offered = think_ns / service_ns
-    log_terms = [k * math.log(offered) - math.lgamma(k + 1) for k in range(customers + 1)] if offered else [0.0]
-    peak = max(log_terms)
-    idle = math.exp(log_terms[-1] - peak) / math.fsum(math.exp(t - peak) for t in log_terms) if offered else 0.0
-    return (1.0 - idle) / service_ns
 
 
 def with_writer(services: Sequence[float], think_ns: float, customers: int, writer: Writer) -> WriterSolution:

@@ -13,7 +13,7 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migsim.perf.locks import Writer, machine_repairman, solve, with_writer
+from migsim.perf.locks import Writer, solve, with_writer
 
 
 def throughput_of(
@@ -76,13 +76,6 @@ def test_throughput_stays_within_the_asymptotic_bounds(services: list[float], th
     solution = solve(services, think, customers)
     assert solution.throughput <= min(1 / max(services), customers / (think + sum(services))) * (1 + 1e-9)
     assert solution.cycle_ns * solution.throughput == pytest.approx(customers)
-
-
-@given(service=_NS, think=_NS, customers=st.integers(1, 416))
-@settings(max_examples=60, deadline=None)
-def test_one_station_is_the_machine_repairman(service: float, think: float, customers: int) -> None:
-    solution = solve([service], think, customers)
-    assert solution.throughput == pytest.approx(machine_repairman(service, think, customers), rel=1e-6)
 
 
 @given(services=st.lists(_NS, min_size=1, max_size=2), think=_NS, customers=st.integers(1, 400))
