@@ -70,14 +70,15 @@ class VcpuMmu:
 
     def unload(self, vcpu: VcpuSeam) -> None:
         """The vCPU lets its root go; freeing the last reference to one takes it off the list."""
-        root = self._loaded.pop(vcpu.id, None)
+        root = self._loaded.get(vcpu.id)
         if root is None:
             return
-        vcpu.mmio.clear()
         with self._root_lock():
+            del self._loaded[vcpu.id]
             last = root.root_count == 1 and self.state.vintage.root_read_lock
             with self.state.tdp_mmu_pages_lock if last else nullcontext():
                 self.state.roots.put(root)
+        vcpu.mmio.clear()
 
     def _root_lock(self) -> AbstractContextManager[bool]:
         return self.state.lock.read() if self.state.vintage.root_read_lock else self.state.lock.write()

@@ -77,10 +77,11 @@ class NestedGuest:
 
     def unload(self, vcpu: Any) -> None:
         """The vCPU lets its root go."""
-        root = self._loaded.pop(vcpu.id, None)
+        root = self._loaded.get(vcpu.id)
         if root is not None:
-            self.shadow.held_roots.remove((self, vcpu))
             with self.mmu.lock.write():
+                del self._loaded[vcpu.id]
+                self.shadow.held_roots.remove((self, vcpu))
                 self.shadow.pages.put_root(root)
 
     # -- the guest says that its tables have changed -------------------------------------------------------------------

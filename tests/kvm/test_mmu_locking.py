@@ -141,6 +141,10 @@ def test_a_vcpu_without_a_root_waits_for_a_writer(mmu_guest) -> None:
         guest.mmu.root_of(guest.vcpus[1])
     with guest.mmu.lock.read():
         assert guest.mmu.root_of(guest.vcpus[1]) is guest.mmu.root_of(guest.vcpu)
+    guest.mmu.zap_all_fast()
+    with guest.mmu.lock.write(), pytest.raises(WouldBlock):
+        guest.mmu.root_of(guest.vcpu)
+    guest.check()  # the reference it could not give back is still its own
     guest.close()
 
 

@@ -258,7 +258,7 @@ def fast_fault_makes_huge_writable(vm: Any, undo: ExitStack) -> None:
 @bug("mapping-writable-not-marked", "9ed5520d", "L", "random")
 def mapping_writable_not_marked(vm: Any, undo: ExitStack) -> None:
     """A leaf becomes writable for another reason than a store and its page is not marked."""
-    from migsim.kvm import shadow_mmu, tdp_mmu
+    from migsim.kvm import shadow_fault, tdp_mmu
 
     def make(mark: Any) -> Any:
         def only_writes(mmu: Any, fault: Any, spte: int, level: int) -> None:
@@ -268,7 +268,7 @@ def mapping_writable_not_marked(vm: Any, undo: ExitStack) -> None:
         return only_writes
 
     swap_shared(tdp_mmu, "mark_made_writable", make, undo)
-    swap_shared(shadow_mmu, "mark_made_writable", make, undo)
+    swap_shared(shadow_fault, "mark_made_writable", make, undo)
 
 
 @bug("vcpu-keeps-a-dead-root", "18c841e1", "S", "random")
