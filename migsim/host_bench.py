@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,9 +27,10 @@ from migsim.kvm.uapi import KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY
 from migsim.perf.profile import load_profile
 from migsim.units import MIB, PAGE_SIZE
 
-__all__ = ["BASE", "Measured", "measure", "profile_text", "write_profile"]
+__all__ = ["BASE", "Measured", "measure", "profile_name", "profile_text"]
 
 BASE: Final = "skylake-2s-96"
+_NODES: Final = Path("/sys/devices/system/node")
 _RUNS: Final = 5
 _GPA: Final = 0x1000_0000
 _INITIALLY_SET: Final = 3
@@ -65,14 +65,9 @@ def profile_text(name: str, measured: list[Measured]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_profile(path: str) -> None:
-    """Measure and write the profile to `path` ("-": standard output), named after the file. Raises OSError."""
-    name = "host" if path == "-" else Path(path).stem
-    text = profile_text(name, measure())
-    if path == "-":
-        sys.stdout.write(text)
-    else:
-        Path(path).write_text(text, encoding="utf-8")
+def profile_name(path: str) -> str:
+    """What a profile written to `path` is called: as its file, or as this machine on standard output ("-")."""
+    return (platform.node() or "here") if path == "-" else Path(path).stem
 
 
 def _line(measured: Measured, unit: str, where: str) -> str:
@@ -110,6 +105,7 @@ def _topology() -> list[Measured]:
         Measured("sockets", sockets, how, machine=True),
         Measured("cores-per-socket", max(cores // sockets, 1), how, machine=True),
         Measured("threads-per-core", max(cpus // cores, 1), how, machine=True),
+        Measured("numa-nodes", len(list(_NODES.glob("node[0-9]*"))) or 1, f"counted in {_NODES}", machine=True),
     ]
 
 

@@ -168,7 +168,7 @@ def _host_profile(path: str) -> int:
 
     if path != "-":
         _refuse_unwritable(path)
-    text = host_bench.profile_text(platform.node() or "here", host_bench.measure())
+    text = host_bench.profile_text(host_bench.profile_name(path), host_bench.measure())
     if path == "-":
         print(text, end="")
     else:

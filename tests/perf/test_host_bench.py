@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from migsim import host_bench
+from migsim import host_bench, simulation
+from migsim.cli import main
 from migsim.host_kvm.device import unavailable_reason
 from migsim.perf.profile import load_profile
+from migsim.scenario import load
 from migsim.units import MIB
 
 
@@ -31,10 +33,17 @@ def test_the_real_log_is_measured_where_there_is_kvm() -> None:
     assert {"bitmap-word", "kvm-clear-page"} <= names
 
 
-def test_the_profile_is_named_after_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profile_is_named_after_its_file_and_a_scenario_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(host_bench, "measure", lambda: [host_bench.Measured("vm-exit", 700.0, "a test")])
-    host_bench.write_profile(str(tmp_path / "mine.toml"))
-    assert load_profile(str(tmp_path / "mine.toml")).name == "mine"
+    path = str(tmp_path / "mine.toml")
+    assert main(["bench", "--host", path]) == 0
+    assert load_profile(path).name == "mine"
+    scenario = tmp_path / "small.toml"
+    scenario.write_text(f'[guest]\nmemory = "16 MiB"\n\n[host]\nprofile = "{path}"\n', encoding="utf-8")
+    result = simulation.run(load(str(scenario)))
+    assert (result.converged, result.host["profile"]) == (True, "mine")
 
 
 def test_without_kvm_the_profile_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
