@@ -10,6 +10,7 @@ import pytest
 
 from migsim import accuracy
 from migsim.accuracy import RecordingError
+from migsim.accuracy.prediction import _late_ms
 from migsim.accuracy.replayed import writes_per_s
 
 
@@ -138,6 +139,16 @@ def test_a_destination_without_its_memory_sets_the_pace_of_the_first_pass_alone(
     assert abs(limited[0]["total_time_ms"] - limited[1]["total_time_ms"]) < 5
 
 
+def test_draws_stop_once_they_are_alike() -> None:
+    """A guest that hardly writes ends the same way each time; near the link's speed it does not."""
+    assert [_late_ms(at, 7) for at in range(4)] == [0.0, -20.0, 20.0, -40.0]
+    guest = {"fill_pages": 126976, "ws_pages": 102400, "zero_pages": 4094}
+    calm, near = (accuracy.given(recording(rate=rate) | {"guest": guest}) for rate in (1000, 20000))
+    assert accuracy.predict(calm, seeds=(1, 2, 3))[0] == accuracy.predict(calm, seeds=(1, 2, 3, 4, 5, 6, 7))[0]
+    ends = {accuracy.predict(near, seeds=(seed,))[0]["rounds"] for seed in (1, 2, 3, 4, 5)}
+    assert len(ends) > 1
+
+
 def test_bands_name_what_is_outside() -> None:
     entry = {"id": "a", "measured": accuracy.measured(recording()), "predicted": accuracy.measured(recording())}
     assert all(band.holds for band in accuracy.bands_of([entry]))
@@ -152,7 +163,8 @@ def test_bands_name_what_is_outside() -> None:
 
 
 def test_a_prediction_is_the_middle_of_its_draws() -> None:
-    facts = accuracy.given(recording(rate=20000, ws_mib=400))
+    guest = {"fill_pages": 126976, "ws_pages": 102400, "zero_pages": 4094}
+    facts = accuracy.given(recording(rate=20000) | {"guest": guest})
     runs = [accuracy.predict(facts, seeds=(seed,))[0] for seed in (1, 2, 3)]
     middle = accuracy.predict(facts, seeds=(1, 2, 3))[0]
     for key in ("rounds", "total_time_ms", "transferred", "downtime_events_ms"):
