@@ -273,21 +273,20 @@ class FusedRam(Ram):
         """As Ram.save."""
         state, start = self._state, self.call_ns()
         state.fill(0)
-        why = END_OF_SPAN
+        sums, why = state.tolist(), END_OF_SPAN
         while self.dirty_pages and why == END_OF_SPAN:
-            extent = self._extent_here()
+            extent, before = self._extent_here(), sums
             if extent is None:
                 why = self._send_plain(state, limits)
+                sums = state.tolist()
             else:
-                first = self._dirty_from_here(extent)
-                if first >= 0 and not must_stop(state, limits.bytes, limits.ps):
-                    self.name_block(state, first)
-                before = int(state[NORMAL] + state[DUPLICATE])
+                if self.last_sent_block != self.block_index:
+                    self._name_block(extent, limits, state)
                 why = self._send(extent, limits, start, state)
-                self.dirty_pages -= int(state[NORMAL] + state[DUPLICATE]) - before
+                sums = state.tolist()
+                self.dirty_pages -= sums[NORMAL] + sums[DUPLICATE] - before[NORMAL] - before[DUPLICATE]
             if self.page >= self.blocks[self.block_index].block.pages:
                 self.block_index, self.page = (self.block_index + 1) % len(self.blocks), 0
-        sums = state.tolist()
         return Saved(sums[NORMAL], sums[DUPLICATE], sums[USED], sums[ELAPSED_PS], why)
 
     def _extent_here(self) -> Extent | None:
@@ -297,12 +296,12 @@ class FusedRam(Ram):
                 return extent
         return None
 
-    def _dirty_from_here(self, extent: Extent) -> int:
-        """The page this extent sends first, or -1; only where the block changes, for the name in the stream."""
-        if self.last_sent_block == self.block_index:
-            return -1
+    def _name_block(self, extent: Extent, limits: SaveLimits, state: Ints) -> None:
+        """The block changes: the page this extent sends first, if it sends one, carries its name."""
         here, nothing = self.blocks[self.block_index], np.zeros(STATE_LEN, dtype=np.int64)
-        return next_dirty(here.bmap.words, here.bmap_summary, here.bmap.full, self.page, extent.end, 0, nothing)
+        first = next_dirty(here.bmap.words, here.bmap_summary, here.bmap.full, self.page, extent.end, 0, nothing)
+        if first >= 0 and not must_stop(state, limits.bytes, limits.ps):
+            self.name_block(state, first)
 
     def _send(self, extent: Extent, limits: SaveLimits, start_ns: int, state: Ints) -> int:
         counts, results, workload = self._counts, self.results, self.workload
@@ -392,5 +391,5 @@ def _any_zero(block: RamBlock) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     """uint8[chunks]: may a page of the chunk be zero?"""
     out = block.zero.full.copy()
     for chunk in np.flatnonzero(out == 0):
-        out[chunk] = block.zero.words[block.zero.chunk_words(int(chunk))].any()
+        out[chunk] = np.count_nonzero(block.zero.words[block.zero.chunk_words(int(chunk))]) > 0
     return out

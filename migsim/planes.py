@@ -164,8 +164,10 @@ class Plane:
         for chunk in range(len(self.full)):
             if self.full[chunk]:
                 total += min((chunk + 1) * CHUNK_PAGES, self.n) - chunk * CHUNK_PAGES
-            else:
-                total += int(np.bitwise_count(self.words[self.chunk_words(chunk)]).sum())
+                continue
+            words = self.words[self.chunk_words(chunk)]
+            if np.count_nonzero(words):  # most chunks of most planes are empty, and this is three times as fast
+                total += int(np.bitwise_count(words).sum())
         return total
 
     def any_in(self, first: int, count: int) -> bool:

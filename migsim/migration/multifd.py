@@ -12,7 +12,7 @@ out twice and is counted in multifd-bytes, not in `normal`. How often depends on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from migsim.migration.over_ram import OverRam
@@ -46,6 +46,7 @@ class MultifdRam(OverRam[Ram]):
     main_costs: Callable[[], SaveCosts] | None = None  # of a page on the main channel: post-copy's
     in_postcopy: bool = False
     unflushed: int = 0  # pages sent since the last flush
+    _places: tuple[SaveCosts, SaveCosts] | None = field(default=None, init=False)  # costs and _in_places of them
 
     def enter_postcopy(self) -> None:
         assert self.main_costs is not None, "without what a page costs there"
@@ -57,7 +58,12 @@ class MultifdRam(OverRam[Ram]):
         if self.in_postcopy:
             return self._on_main_channel(limits)
         sum_ = _Sum(page_bytes=self.page_bytes, header_bytes=self.header_bytes)
-        why = self._with_unit_costs(lambda: self._packets(limits, sum_))
+        ram, costs = self.ram, self.ram.costs
+        ram.costs, ram.spent_ps = self._in_places(costs), 0
+        try:
+            why = self._packets(limits, sum_)
+        finally:
+            ram.costs, ram.spent_ps = costs, 0
         if sum_.queued:
             sum_.channel_bytes += self.header_bytes + sum_.queued_data * self.page_bytes
         syncs = self._barrier(why)
@@ -119,18 +125,14 @@ class MultifdRam(OverRam[Ram]):
         self.setup_synced = True
         return rounds * self.channels
 
-    def _with_unit_costs(self, step: Callable[[], int]) -> int:
-        """Let the inner RAM count places in packets: a page of data takes one, a zero page if it is listed."""
-        ram, costs = self.ram, self.ram.costs
-        ram.costs = replace(costs, normal_bytes=1, zero_bytes=int(self.zero_on_channels))
-        ram.spent_ps = 0
-        try:
-            return step()
-        finally:
-            ram.costs, ram.spent_ps = costs, 0
+    def _in_places(self, costs: SaveCosts) -> SaveCosts:
+        """With these the inner RAM counts places in packets: a page of data takes one, a zero page if it is listed."""
+        if self._places is None or self._places[0] is not costs:
+            self._places = costs, replace(costs, normal_bytes=1, zero_bytes=int(self.zero_on_channels))
+        return self._places[1]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sum:
     """What one section has sent so far; `queued` places, `queued_data` of them data, wait in a packet not yet full."""
 
