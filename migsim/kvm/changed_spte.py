@@ -65,7 +65,7 @@ def handle_removed_pt(mmu: MmuState, root: Root, table_pfn: int, *, shared: bool
     """Take an unlinked table apart: untrack, empty its entries (recursively), free the page once no reader is left.
 
     Entries become FROZEN before anything else happens to them, so that a walker still inside cannot install into a
-    dead table; under the exclusive lock only those that held something. The caller flushes.
+    dead table; under the exclusive lock only those that are present. The caller flushes.
     """
     if mmu.at_once:
         remove_at_once(mmu, root, table_pfn)
@@ -78,12 +78,12 @@ def handle_removed_pt(mmu: MmuState, root: Root, table_pfn: int, *, shared: bool
         root.dying.add(table_pfn)  # a level-1 table freezes as a whole: from here on every entry of it reads FROZEN
     for entry, old in enumerate(held):
         at = Sptep(table_pfn, entry)
-        holds = mmu.fmt.is_present(old) or mmu.fmt.is_mmio(old)
-        if level == PG_LEVEL_4K and holds:
+        present = mmu.fmt.is_present(old)
+        if level == PG_LEVEL_4K and (present or mmu.fmt.is_mmio(old)):
             root.write(at, mmu.fmt.nonpresent)
-        elif level > PG_LEVEL_4K and (holds or shared):
+        elif level > PG_LEVEL_4K and (present or shared):
             root.write(at, mmu.fmt.frozen)
-        if (holds or shared) and old != mmu.fmt.frozen:
+        if (present or shared) and old != mmu.fmt.frozen:  # an MMIO SPTE just goes with its table
             handle_changed_spte(mmu, root, root.gfn_of(at), old, mmu.fmt.frozen, level, shared=shared)
     mmu.rcu.call(lambda: root.free_table(table_pfn))
 
@@ -98,7 +98,7 @@ def remove_at_once(mmu: MmuState, root: Root, table_pfn: int) -> None:
         mmu.stats.update_page_stats(PG_LEVEL_4K, -erase_range(planes, at, count))
     for gfn in [gfn for gfn in root.mmio if first <= gfn < end]:
         del root.mmio[gfn]
-    if len(mmu.nx):
+    if root.nx_disallowed:
         for table in tables:
             untrack_nx(mmu, root, table)
 
@@ -127,13 +127,14 @@ def _empty_rows(mmu: MmuState, root: Root, table_pfn: int, value: int) -> Iterat
 
 def unlist_table(mmu: MmuState, root: Root, table_pfn: int) -> None:
     """The table leaves the VM's lists (tdp_mmu_unlink_sp): tdp_mmu_pages_lock is taken only if it is on one."""
-    if mmu.vintage.pages_list or (root, table_pfn) in mmu.nx:
+    if mmu.vintage.pages_list or table_pfn in root.nx_disallowed:
         with mmu.tdp_mmu_pages_lock:
             untrack_nx(mmu, root, table_pfn)
 
 
 def untrack_nx(mmu: MmuState, root: Root, table_pfn: int) -> None:
     """The table is no longer kept small for NX (untrack_possible_nx_huge_page)."""
+    root.nx_disallowed.discard(table_pfn)
     if mmu.nx.discard(root, table_pfn):
         mmu.stats.add("nx_lpage_splits", -1)
 

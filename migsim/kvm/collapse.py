@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from migsim.kvm.changed_spte import untrack_nx
 from migsim.kvm.host_mm import DATA_PFNS, TABLE_PFN_BASE
 from migsim.kvm.leaf_planes import LeafPlanes
 from migsim.kvm.levels import max_mapping_level
@@ -234,10 +235,9 @@ def _drop_tables(
         root.n_tables[PG_LEVEL_4K] -= len(which)
 
     mmu.rcu.call(free)
-    if len(mmu.nx):
+    if root.nx_disallowed:
         for spte in sptes.tolist():
-            if mmu.nx.discard(root, mmu.fmt.pfn(spte)):
-                mmu.stats.add("nx_lpage_splits", -1)
+            untrack_nx(mmu, root, mmu.fmt.pfn(spte))
 
 
 def _runs(which: Regions) -> Iterator[tuple[int, int]]:

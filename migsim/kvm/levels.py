@@ -69,7 +69,7 @@ def disallowed_hugepage_adjust(mmu: MmuState, root: Root, fault: PageFault, spte
     fmt = mmu.fmt
     if level != fault.goal_level or level == PG_LEVEL_4K or not fmt.is_present(spte) or fmt.is_leaf(spte, level):
         return
-    if (root, fmt.pfn(spte)) not in mmu.nx:
+    if fmt.pfn(spte) not in root.nx_disallowed:
         return
     fault.pfn |= fault.gfn & (pages_per_level(level) - pages_per_level(level - 1))
     fault.goal_level -= 1

@@ -60,7 +60,8 @@ class PagingStructure:
     `tables`: uint64[rows, 512]; `table_level`: uint8[rows], 0 = free row; `table_gfn`: int64[rows], first gfn mapped.
     `n_tables[level]` counts linked and not yet freed tables. `leaf`: memslot id -> LeafPlanes. `mmio`: gfn -> level-1
     SPTE that is not present but carries a value (MMIO, FROZEN). `dying`: frames of level-1 tables being torn down
-    under the read lock: a walker that still points into one reads FROZEN.
+    under the read lock: a walker that still points into one reads FROZEN. `nx_disallowed`: frames of tables that no
+    huge page may replace, as they were made for an instruction fetch under the NX workaround.
     """
 
     def __init__(self, fmt: SpteFormat, level: int, ad_type: AdType = AdType.ENABLED) -> None:
@@ -77,6 +78,7 @@ class PagingStructure:
         self.leaf: dict[int, LeafPlanes] = {}
         self.mmio: dict[int, int] = {}
         self.dying: set[int] = set()
+        self.nx_disallowed: set[int] = set()
         self._bases: list[int] = []
         self._by_base: list[LeafPlanes] = []
         self.root_pfn = self.alloc_table(level, 0)
@@ -99,6 +101,7 @@ class PagingStructure:
 
     def free_table(self, pfn: int) -> None:
         """Give a table page back; its entries must be gone already."""
+        self.nx_disallowed.discard(pfn)
         if pfn >= LEAF_TABLE_PFN_BASE:
             self.n_tables[PG_LEVEL_4K] -= 1
             self.dying.discard(pfn)
@@ -120,6 +123,7 @@ class PagingStructure:
         self.n_tables[self.level] = 1
         self.mmio.clear()
         self.dying.clear()
+        self.nx_disallowed.clear()
 
     def table_row(self, table_pfn: int) -> int:
         """Row of a table of level 2 or more."""

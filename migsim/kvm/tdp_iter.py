@@ -108,7 +108,12 @@ def cond_resched(mmu: MmuState, it: TdpIter, *, flush: bool) -> bool:
         return False
     if flush:
         mmu.vm.flush_remote_tlbs()
+    let_others_run(mmu, it)
+    return True
+
+
+def let_others_run(mmu: MmuState, it: TdpIter) -> None:
+    """Leave RCU and mmu_lock for a while; the walk restarts where it is and does not advance."""
     with mmu.rcu.dropped(), mmu.lock.dropped():
         mmu.sched.resched()
     it.yielded = True
-    return True

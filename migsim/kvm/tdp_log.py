@@ -14,7 +14,7 @@ from migsim.kvm.memslot import Memslot
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.roots import Root
 from migsim.kvm.spte import MAX_HUGEPAGE_LEVEL, PG_LEVEL_2M, PG_LEVEL_4K, AdType
-from migsim.kvm.tdp_iter import TdpIter, cond_resched, for_each_tdp_pte
+from migsim.kvm.tdp_iter import TdpIter, cond_resched, for_each_tdp_pte, let_others_run
 from migsim.kvm.tdp_mmu import split_huge_page
 from migsim.units import WORD_BITS, pages_per_level
 
@@ -61,7 +61,7 @@ def clear_dirty_range(mmu: MmuState, root: Root, start: int, end: int) -> bool:
 def clear_dirty_pt_masked(mmu: MmuState, root: Root, gfn: int, mask: int, *, wrprot: bool) -> None:
     """Re-arm the 4K leaves of the 64-page window at `gfn` whose bit is set in `mask`. No flush: the ioctl does it.
 
-    A visited gfn leaves the local mask even if its entry needs no change, so that the walk can end early.
+    A leaf that is visited leaves the local mask even if it needs no change, so that the walk can end early.
     """
     assert mmu.lock.writer, f"gfn {gfn:#x}: masked re-arming needs the exclusive mmu_lock"
     bit = log_bit(mmu, root, wrprot=wrprot)
@@ -72,22 +72,31 @@ def clear_dirty_pt_masked(mmu: MmuState, root: Root, gfn: int, mask: int, *, wrp
         for it in for_each_tdp_pte(root, first, gfn + WORD_BITS):
             if not mask:
                 break
-            if it.level > PG_LEVEL_4K or not mask >> (it.gfn - gfn) & 1:
+            if not it.is_leaf or it.level > PG_LEVEL_4K or not mask >> (it.gfn - gfn) & 1:
                 continue
             mask &= ~(1 << (it.gfn - gfn))
-            if it.is_leaf and it.old_spte & bit:
+            if it.old_spte & bit:
                 clear_spte_bits(mmu, it, bit)
 
 
 def split_range(mmu: MmuState, root: Root, start: int, end: int, target_level: int) -> None:
-    """Split every huge page that touches gfns [start, end) down to `target_level`; translations stay as they were."""
+    """Split every huge page that touches gfns [start, end) down to `target_level`; translations stay as they were.
+
+    Parents are visited before their children, so one walk does it. Since Linux 6.11 (cf3ff0ee) mmu_lock is let go for
+    the allocation of each table; the entry is read again afterwards.
+    """
+    allocated = not mmu.vintage.split_drops_lock
     with mmu.rcu.read():
-        for level in range(MAX_HUGEPAGE_LEVEL, target_level, -1):
-            for it in for_each_tdp_pte(root, start, end, target_level + 1):
-                if cond_resched(mmu, it, flush=False):
-                    continue
-                while it.is_leaf and it.level == level and not split_huge_page(mmu, it):
-                    pass
+        for it in for_each_tdp_pte(root, start, end, target_level + 1):
+            if cond_resched(mmu, it, flush=False) or not it.is_leaf:
+                continue
+            if not allocated:
+                let_others_run(mmu, it)
+                allocated = True
+                continue
+            while it.is_leaf and not split_huge_page(mmu, it):
+                pass
+            allocated = not mmu.vintage.split_drops_lock
 
 
 # -- logging ends ----------------------------------------------------------------------------------------------------

@@ -61,11 +61,20 @@ def _make_way(mmu: MmuState, fault: PageFault, it: TdpIter) -> bool:
         linked = split_huge_page(mmu, it)
     else:
         linked = link_table(mmu, it)
-    if linked and fault.huge_page_disallowed and fault.req_level >= it.level:
-        with mmu.tdp_mmu_pages_lock:
-            mmu.nx.add(it.root, mmu.fmt.pfn(it.old_spte))
-            mmu.stats.add("nx_lpage_splits")
+    if linked and fault.huge_page_disallowed:
+        _keep_small(mmu, fault, it)
     return linked
+
+
+def _keep_small(mmu: MmuState, fault: PageFault, it: TdpIter) -> None:
+    """Tag a table made for an instruction fetch; list it for recovery if a huge page could be there instead."""
+    possible, table = fault.req_level >= it.level, mmu.fmt.pfn(it.old_spte)
+    if possible or mmu.vintage.nx_tags_all:
+        it.root.nx_disallowed.add(table)
+    if possible:
+        with mmu.tdp_mmu_pages_lock:
+            mmu.nx.add(it.root, table)
+            mmu.stats.add("nx_lpage_splits")
 
 
 def link_table(mmu: MmuState, it: TdpIter) -> bool:

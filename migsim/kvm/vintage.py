@@ -31,6 +31,10 @@ class Vintage:
     tdp_mmu_pages_lock (6.9). pages_list: every table of the TDP MMU is on a list, so that linking and unlinking one
     takes tdp_mmu_pages_lock (5.12 to 6.1; d25ceb92 counts them instead). pushes_page_state: the host's page is told
     that it is dirty or accessed when an SPTE that says so goes (until 6.12), and no longer when it is mapped.
+    nx_tags_all: what an instruction fetch under the NX workaround made is tagged even if nothing huge was possible then
+    (428e9216, 6.2). split_drops_lock: eager splitting lets mmu_lock go for each table it allocates (cf3ff0ee, 6.11).
+    zap_root_levels: the passes over a root that goes, before the last at its own level: none, 1G first (1b6043e8,
+    5.18), then from 4K up (6.9).
     tdp: the TDP MMU serves direct roots; else the shadow MMU does.
     """
 
@@ -56,15 +60,18 @@ class Vintage:
     root_read_lock: bool = True
     pages_list: bool = False
     pushes_page_state: bool = False
+    nx_tags_all: bool = True
+    split_drops_lock: bool = True
+    zap_root_levels: tuple[int, ...] = (1, 2, 3)
 
 
 TDP: Final = Vintage("tdp")
 TDP_6_8: Final = replace(TDP, name="tdp-6.8", disable="zap-tables", write_protected=False,
                           changed_pte=True, lockless_aging=False, nx_read_lock=False, root_read_lock=False,
-                          pushes_page_state=True)  # fmt: skip
+                          pushes_page_state=True, split_drops_lock=False, zap_root_levels=(3,))  # fmt: skip
 TDP_5_19: Final = replace(TDP_6_8, name="tdp-5.19", splits_on_fault=False, nx_skips_logged=False,
-                           nested_eager_split=False, pages_list=True)  # fmt: skip
-TDP_5_15: Final = replace(TDP_5_19, name="tdp-5.15", eager_split=False, disable="zap-leafs")
+                           nested_eager_split=False, pages_list=True, nx_tags_all=False)  # fmt: skip
+TDP_5_15: Final = replace(TDP_5_19, name="tdp-5.15", eager_split=False, disable="zap-leafs", zap_root_levels=())
 TDP_5_10: Final = Vintage(
     "tdp-5.10",
     format_5_10=True,
@@ -86,6 +93,9 @@ TDP_5_10: Final = Vintage(
     nx_read_lock=False,
     root_read_lock=False,
     pushes_page_state=True,
+    nx_tags_all=False,
+    split_drops_lock=False,
+    zap_root_levels=(),
 )
 SHADOW: Final = replace(
     TDP, name="shadow", tdp=False, shared_lock=False, eager_split=False, nested_eager_split=False,

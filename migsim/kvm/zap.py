@@ -13,7 +13,6 @@ from migsim.kvm.changed_spte import set_spte, set_spte_atomic
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.paging import Sptep
 from migsim.kvm.roots import Root
-from migsim.kvm.spte import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K
 from migsim.kvm.tdp_iter import TdpIter, cond_resched, for_each_tdp_pte
 from migsim.units import pages_per_level
 
@@ -59,7 +58,7 @@ def zap_table(mmu: MmuState, root: Root, table_pfn: int) -> bool:
 
 
 def zap_root(mmu: MmuState, root: Root) -> None:
-    """Empty a root in passes at 4K, 2M, 1G and the root's level, so that no single step is long (Linux 6.9).
+    """Empty a root in passes, today at 4K, 2M, 1G and the root's level, so that no single step is long (Linux 6.9).
 
     A valid root (5.10 zaps those) is flushed before every yield; an invalid one by whoever loads a new root.
     """
@@ -67,7 +66,7 @@ def zap_root(mmu: MmuState, root: Root) -> None:
         whole_slot.zap_root(mmu, root)
         return
     flush = False
-    for level in (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, root.level):
+    for level in (*mmu.vintage.zap_root_levels, root.level):
         with mmu.rcu.read():
             for it in for_each_tdp_pte(root, 0, 1 << 9 * root.level, level):
                 if cond_resched(mmu, it, flush=flush):

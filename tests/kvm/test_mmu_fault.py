@@ -13,7 +13,7 @@ from migsim.kvm.make_spte import make_spte
 from migsim.kvm.paging import PagingStructure, Sptep
 from migsim.kvm.spte import ACC_ALL
 from migsim.kvm.tdp_mmu import RetPf
-from migsim.kvm.vintage import TDP, TDP_6_8
+from migsim.kvm.vintage import TDP, TDP_5_19, TDP_6_8
 from migsim.units import pages_per_level
 
 PAGE = 4096
@@ -385,6 +385,21 @@ def test_a_read_fault_does_not_map_huge_over_a_table_kept_small_for_nx(mmu_guest
     fault(guest, 0, exec=True)
     fault(guest, 1)
     assert guest.spte(1)[1] == 1 and guest.counts() == (2, 0, 0)
+    guest.close()
+
+
+@pytest.mark.parametrize(("vintage", "level"), [(TDP, 1), (TDP_5_19, 2)], ids=lambda value: str(value))
+def test_what_execution_made_small_stays_small_even_if_nothing_huge_was_possible_then(
+    mmu_guest, vintage, level: int
+) -> None:
+    """428e9216: the table is tagged, though it is not on the list of those that recovery could make huge."""
+    guest = mmu_guest(replace(INTEL, nx_huge_pages=True), pages=512, vintage=vintage)
+    guest.mmu.track_writes(guest.slot, 300)
+    fault(guest, 0, exec=True)
+    assert guest.spte(0)[1] == 1 and guest.vm.stats.nx_lpage_splits == 0
+    guest.mmu.untrack_writes(guest.slot, 300)
+    fault(guest, 1)
+    assert guest.spte(1)[1] == level
     guest.close()
 
 

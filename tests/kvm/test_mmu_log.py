@@ -10,7 +10,9 @@ from migsim.kvm.config import VmConfig
 from migsim.kvm.ioctl import KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 from migsim.kvm.levels import max_mapping_level
 from migsim.kvm.spte import AdType
-from migsim.kvm.tdp_log import clear_dirty_pt_masked
+from migsim.kvm.tdp_iter import for_each_tdp_pte
+from migsim.kvm.tdp_log import clear_dirty_pt_masked, split_range
+from migsim.kvm.tdp_mmu import split_huge_page
 from migsim.kvm.vintage import TDP, TDP_5_10, TDP_5_15, TDP_5_19, VINTAGES
 
 PML = VmConfig(smm=False)
@@ -63,6 +65,43 @@ def test_without_eager_split_the_huge_page_is_write_protected_even_with_pml(mmu_
     guest.write(5)
     guest.log()
     assert guest.spte(5)[1] == 2 and not bits(guest, 5)[0]
+    guest.close()
+
+
+@pytest.mark.parametrize(("row", "times"), [("tdp", 3), ("tdp-6.8", 0)])
+def test_eager_splitting_lets_the_lock_go_for_each_table_it_allocates(mmu_guest, row: str, times: int) -> None:
+    """cf3ff0ee, and parents before children: 1 GiB, then the two 2 MiB asked for."""
+    guest = mmu_guest(WP, pages=512 * 512, level=3, vintage=VINTAGES[row])
+    guest.write(5)
+    state, free, splits = guest.mmu.state, [], []
+    state.sched.resched = lambda: free.append(not state.lock.held and not state.rcu.depth)
+    guest.vm.trace_sink = lambda name, fields: (
+        splits.append((fields["level"], fields["gfn"])) if name == "kvm_mmu_split_huge_page" else None
+    )
+    with guest.mmu.lock.write():
+        split_range(state, guest.root, 0, 1024, 1)
+    assert splits == [(3, 0), (2, 0), (2, 512)] and free == [True] * times
+    del state.sched.resched
+    guest.vm.trace_sink = None
+    guest.close()
+
+
+def test_what_another_vcpu_split_while_the_lock_was_free_is_not_split_again(mmu_guest) -> None:
+    guest = mmu_guest(WP)
+    guest.write(5)
+    state = guest.mmu.state
+
+    def other() -> None:
+        del state.sched.resched
+        for it in for_each_tdp_pte(guest.root, 0, 1, 2):
+            if it.is_leaf:
+                with state.lock.read(), state.rcu.read():
+                    assert split_huge_page(state, it)
+
+    state.sched.resched = other
+    with guest.mmu.lock.read():
+        split_range(state, guest.root, 0, 512, 1)
+    assert guest.counts() == (512, 0, 0) and guest.root.n_tables[1] == 1
     guest.close()
 
 

@@ -11,6 +11,7 @@ from migsim.kvm.mmu_state import Sched
 from migsim.kvm.spte import PG_LEVEL_2M
 from migsim.kvm.tdp_iter import TdpIter, cond_resched, for_each_tdp_pte
 from migsim.kvm.tdp_log import wrprot_range
+from migsim.kvm.vintage import VINTAGES
 from migsim.kvm.zap import invalidate_all_roots, zap_invalidated_roots, zap_root
 from migsim.units import pages_per_level
 
@@ -147,8 +148,13 @@ def test_a_leaked_reference_is_reported_at_destruction(mmu_guest) -> None:
     assert any("is left at destruction" in leak for leak in guest.mmu.pre_destroy())
 
 
-def test_a_root_is_zapped_level_by_level_so_that_no_step_is_long(mmu_guest) -> None:
-    guest = mmu_guest(level=1)
+@pytest.mark.parametrize(
+    ("row", "order"),
+    [("tdp", [1, 1, 2, 2, 3, 4]), ("tdp-6.8", [3, 2, 1, 2, 1, 4]), ("tdp-5.15", [4, 3, 2, 1, 2, 1])],
+)
+def test_a_root_is_zapped_level_by_level_so_that_no_step_is_long(mmu_guest, row: str, order: list[int]) -> None:
+    """8ca98363: from 4K up; before it 1G at once (1b6043e8), and first of all the whole tree."""
+    guest = mmu_guest(level=1, vintage=VINTAGES[row])
     guest.write(0, 700)
     changed: list[int] = []
 
@@ -159,6 +165,6 @@ def test_a_root_is_zapped_level_by_level_so_that_no_step_is_long(mmu_guest) -> N
     guest.vm.trace_sink = sink
     with guest.mmu.state.lock.read():
         zap_root(guest.mmu.state, guest.root)
-    assert changed == [1, 1, 2, 2, 3, 4]
+    assert changed == order
     guest.vm.flush_remote_tlbs()
     guest.close()

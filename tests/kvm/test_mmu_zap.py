@@ -80,6 +80,24 @@ def test_a_walker_inside_a_table_removed_under_the_read_lock_sees_frozen_entries
     guest.close()
 
 
+def test_an_mmio_spte_goes_with_its_table_unseen_under_the_exclusive_lock(mmu_guest) -> None:
+    guest = mmu_guest(level=1, pages=100)
+    guest.write(5)
+    guest.mmu.page_fault(guest.vcpu, 300 * PAGE, write=True)
+    changed: list[int] = []
+    guest.vm.trace_sink = lambda name, fields: (
+        changed.append(fields["gfn"]) if name == "kvm_tdp_mmu_spte_changed" and fields["level"] == 1 else None
+    )
+    with guest.mmu.lock.write(), guest.mmu.state.rcu.read():
+        for it in for_each_tdp_pte(guest.root, 0, 1, 2):
+            if it.level == 2:
+                set_spte(guest.mmu.state, it, guest.mmu.fmt.nonpresent)
+    assert changed == [5] and not guest.root.mmio
+    guest.vm.trace_sink = None
+    guest.vm.flush_remote_tlbs()
+    guest.close()
+
+
 def test_a_present_leaf_must_not_change_its_frame_in_place(mmu_guest) -> None:
     guest = mmu_guest(level=1)
     guest.write(5)

@@ -227,6 +227,10 @@ def _(honest: Any) -> Any:
 without("6.10 non-present is bit 63", "spte.spte_format", "is 0, as before",
         lambda honest: lambda *args, **more: replace(honest(*args, **more), nonpresent=0))  # fmt: skip
 column("6.10 no changed_pte", "mmu.Mmu.change_pte", "changed_pte", True, "is called as ever")
+column("6.2 what an instruction fetch", "levels.disallowed_hugepage_adjust", "nx_tags_all", False, "knows of none")
+column("6.11 eager splitting lets", "tdp_log.split_range", "split_drops_lock", False, "holds on to it")
+without("6.11 eager splitting lets", "tdp_iter.let_others_run", "holds on to it while it allocates",
+        lambda _: lambda mmu, it: mmu.sched.resched() or setattr(it, "yielded", True))  # fmt: skip
 column("6.12 RET_PF_WRITE_PROTECTED", "page_fault.direct_page_fault", "write_protected", False, "says EMULATE")
 without("6.12 deleting a slot may", "mmu.Mmu.zap_slot", "zaps the whole VM",
         lambda honest: lambda mmu, slot: mmu.zap_all_fast())  # fmt: skip
