@@ -15,7 +15,7 @@ from migsim.expectation import surprises
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 IDS = [path.stem for path in CONFIGS]
 # What a test can afford; the rest is shrunk by --set below, or run by hand.
-SMALL = ["tiny", "web-64g", "larger-downtime"]
+SMALL = ["tiny", "web-64g", "larger-downtime", "dirty-rate-misleads"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=IDS)
