@@ -181,6 +181,7 @@ def _store_inside_get(context: Context, config: dict[str, Any], point: str, skip
         rig.slot(131)
         rig.vcpus(2)
         rig.store([0, 1, 64, 130], 1, 0)
+        rig.must(Run(1, ()))  # it has its root: loading one would have to wait for GET
         rig.must(Race(point, skip, 1, (("w", GPA + page * PAGE_SIZE, 2),)))
         first = rig.get(131)
         copy = {known: rig.content(known) for known in first}
