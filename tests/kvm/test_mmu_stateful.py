@@ -13,10 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from migsim.kvm.config import VmConfig
 from migsim.kvm.invariants import entries
 from migsim.kvm.ioctl import KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+from migsim.kvm.nested import GuestPte, NestedGuest
 from migsim.kvm.vm import Vm
 
 PAGE = 4096
 PAGES = 2 * 512 + 70
+TABLES = 0x8000  # L1's tables for L2, in a slot of their own
 CONFIGS = [
     VmConfig(), VmConfig(pml=False), VmConfig(vendor="amd"), VmConfig(ad_bits=False), VmConfig(eager_page_split=False),
     VmConfig(nx_huge_pages=True), VmConfig(mmu="tdp-5.10"), VmConfig(mmu="shadow"), VmConfig(mmu="shadow", pml=False),
@@ -38,6 +40,35 @@ class Side:
         self.hva = self.vm.alloc_memory(3 * 512 * PAGE, level) + (base % 512) * PAGE
         self.region(0)
         self.vcpus = [self.vm.create_vcpu(i) for i in range(2)]
+        self.l2: NestedGuest | None = None
+
+    def build_l2(self, ad_bits: bool) -> None:
+        """L2's pages are L1's, by a table for the first 512 and a huge page for the next."""
+        self.vm.set_user_memory_region(2, 0, TABLES * PAGE, 8 * PAGE, self.vm.alloc_memory(8 * PAGE))
+        self.l2 = NestedGuest(self.vm, TABLES, ad_bits=ad_bits)
+        for depth in range(2):
+            self.edit(depth, 0, GuestPte(TABLES + depth + 1))
+        self.edit(2, 0, GuestPte(TABLES + 3))
+        self.edit(2, 1, GuestPte(-(-self.base // 512) * 512, leaf=True))
+
+    def edit(self, table: int, index: int, pte: GuestPte | None) -> None:
+        """L1 stores to one of its tables."""
+        assert self.l2 is not None
+        guest_mode, self.vcpus[0].guest_mode = self.vcpus[0].guest_mode, False
+        self.l2.write_entry(self.vcpus[0], TABLES + table, index, pte)
+        self.vcpus[0].guest_mode = guest_mode
+
+    def in_l2(self, kind: str, l2_page: int) -> int | None:
+        """L2 loads or stores; the page of L1 it reached, if it reached one."""
+        vcpu, seen = self.vcpus[1], []
+        guest_mode = vcpu.guest_mode
+        self.vm.store_hook = lambda vcpu, slot, gfn: seen.append(gfn - self.base)
+        vcpu.enter_guest_mode(self.l2)
+        vcpu.run([(kind, l2_page * PAGE, 1)])
+        vcpu.leave_guest_mode()
+        vcpu.guest_mode = guest_mode
+        self.vm.store_hook = None
+        return seen[0] if seen else None
 
     def region(self, flags: int, size: int = PAGES) -> None:
         self.vm.set_user_memory_region(1, flags, self.base * PAGE, size * PAGE, self.hva)
@@ -60,7 +91,8 @@ class Side:
             for root in roots
         ]
         counters = {name: value for name, value in self.vm.stats.read().items() if name != "tlb_flush"}
-        return leafs, [root.n_tables for root in roots], counters
+        shadowed = sorted((page.key, page.sptes, page.unsync) for page in self.vm.mmu.shadow.pages)
+        return leafs, [root.n_tables for root in roots], counters, str(shadowed)
 
 
 class BothWays(RuleBasedStateMachine):
@@ -68,12 +100,14 @@ class BothWays(RuleBasedStateMachine):
 
     @initialize(
         config=st.sampled_from(CONFIGS), base=st.sampled_from([512, 512 + 64, 512 + 7]), level=st.sampled_from([1, 2]),
-        manual=st.sampled_from([0, 1, 3]),
+        manual=st.sampled_from([0, 1, 3]), l2_ad_bits=st.sampled_from([None, False, True]),
     )  # fmt: skip
-    def create(self, config: VmConfig, base: int, level: int, manual: int) -> None:
+    def create(self, config: VmConfig, base: int, level: int, manual: int, l2_ad_bits: bool | None) -> None:
         self.sides = [Side(replace(config), base, level, manual, bulk) for bulk in (True, False)]
         self.logging, self.manual = False, manual
         self.unsynced: set[int] = set()  # written since the log began and not reported yet
+        if l2_ad_bits is not None:
+            self.both(lambda side: side.build_l2(l2_ad_bits))
 
     def both(self, act: Any) -> Any:
         answers = [act(side) for side in self.sides]
@@ -151,6 +185,36 @@ class BothWays(RuleBasedStateMachine):
                 (side.vcpus[vcpu].enter_guest_mode if on else side.vcpus[vcpu].leave_guest_mode)()
 
         self.both(act)
+
+    @precondition(lambda self: self.sides[0].l2 is not None)
+    @rule(index=st.integers(0, 9), page=st.one_of(st.none(), pages))
+    def l1_edits_its_lowest_table(self, index: int, page: int | None) -> None:
+        """Unseen by KVM once the shadow page is unsync."""
+        self.both(lambda side: side.edit(3, index, None if page is None else GuestPte(side.base + page)))
+
+    @precondition(lambda self: self.sides[0].l2 is not None)
+    @rule(index=st.integers(0, 2), huge=st.booleans())
+    def l1_edits_an_upper_table(self, index: int, huge: bool) -> None:
+        def act(side: Side) -> None:
+            side.edit(2, index, GuestPte(-(-side.base // 512) * 512, leaf=True) if huge else GuestPte(TABLES + 3))
+
+        self.both(act)
+
+    @precondition(lambda self: self.sides[0].l2 is not None)
+    @rule(vcpu=st.integers(0, 1))
+    def l1_flushes(self, vcpu: int) -> None:
+        self.both(lambda side: side.l2.invept(side.vcpus[vcpu]))
+
+    @precondition(lambda self: self.sides[0].l2 is not None)
+    @rule(kind=st.sampled_from("rw"), page=st.one_of(st.integers(0, 9), st.integers(512, 530)))
+    def l2_runs(self, kind: str, page: int) -> None:
+        reached = self.both(lambda side: side.in_l2(kind, page))
+        if self.logging and reached is not None:
+            self.unsynced.add(reached)
+
+    @rule(limit=st.integers(64, 90))
+    def set_nr_mmu_pages(self, limit: int) -> None:
+        self.both(lambda side: side.vm.set_nr_mmu_pages(limit))
 
     @rule()
     def recreate_slot(self) -> None:
