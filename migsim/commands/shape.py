@@ -78,17 +78,28 @@ def toml_of(shape: Shape, source: str) -> str:
     kvm: dict[str, object] = {}
     if shape.vendor is not None:
         kvm["vendor"] = shape.vendor
-    if shape.dirty_ring_size:
+    notes = list(shape.notes)
+    if shape.dirty_ring_size and _ring_can_be_followed(shape.memory):
         kvm["dirty-ring-size"] = shape.dirty_ring_size
+    elif shape.dirty_ring_size:
+        ring = f"dirty rings of {shape.dirty_ring_size} entries"
+        notes.append(f"the domain has {ring}; a guest of this size is modelled with KVM's bitmap instead")
     sections = [
         f"# The shape of a libvirt domain, read by migsim from {ascii(source)[1:-1]}.\n",
-        *(f"# note: {note}\n" for note in shape.notes),
+        *(f"# note: {note}\n" for note in notes),
         "\n",
         _section("guest", guest),
         *([_section("kvm", kvm)] if kvm else []),
         _ASSUMED,
     ]
     return "".join(sections)
+
+
+def _ring_can_be_followed(memory: int) -> bool:
+    """Rings are followed page by page, which `migsim run` refuses for large guests."""
+    from migsim.simulation import PAGED_MAX
+
+    return memory <= PAGED_MAX
 
 
 def _section(name: str, values: dict[str, object]) -> str:

@@ -12,6 +12,7 @@ from migsim.cli import main
 from migsim.commands.shape import toml_of
 from migsim.libvirt import shape_of_xml
 from migsim.scenario import parse
+from migsim.simulation import fused_serves
 
 MACHINES = Path(__file__).parent / "machines"
 ULTRAMEM = MACHINES / "m2-ultramem-416.xml"
@@ -30,8 +31,18 @@ def test_a_12_tib_machine_keeps_its_shape():
     guest = scenario.guest
     assert (guest.memory, guest.vcpus, guest.numa_nodes) == (12 << 40, 416, 8)
     assert (guest.backing, guest.machine, guest.name) == ("1G", "q35", "m2-ultramem-416")
-    assert scenario.kvm.dirty_ring_size == 4096 and scenario.kvm.vendor == "intel"
+    assert scenario.kvm.vendor == "intel"
     assert scenario.migration.max_bandwidth == 0, "libvirt's default is unlimited"
+
+
+RING = "<features><kvm><dirty-ring state='on' size='4096'/></kvm></features>"
+
+
+def test_a_small_guest_keeps_its_dirty_ring_and_a_large_one_runs_with_the_bitmap():
+    assert parse(toml_of(shape_of_xml(domain(RING)), "x")).kvm.dirty_ring_size == 4096
+    large = toml_of(shape_of_xml(ULTRAMEM.read_text()), "x")
+    assert parse(large).kvm.dirty_ring_size == 0 and "# note: the domain has dirty rings of 4096 entries" in large
+    assert fused_serves(parse(large)), "and so `run` takes it"
 
 
 def test_the_workload_is_marked_as_assumed(capsys):
