@@ -137,13 +137,14 @@ class World:
     def _paced(self, stream: Stream, config: WorkloadConfig) -> Stream:
         """What the accelerator makes of a stream: its speed limit, and under TCG what syncs and TLB resets take."""
         tcg = self.scenario.kvm.accel == "tcg"
-        if tcg and not config.catch_up:
+        if tcg and not (config.catch_up and config.catch_up_limit is None):
             stream = replace(stream, pages_per_s=stream.pages_per_s * (1.0 - self.costs.ns("qemu_tcg_slowdown")))
         if not config.catch_up or not stream.pages_per_s:
             return stream
         write_ns = self.costs.ns("qemu_tcg_write" if tcg else "qemu_kvm_write")
         fastest = NS_PER_S / write_ns * (config.vcpus or 1)
-        return replace(stream, headroom=max(1.0, fastest / stream.pages_per_s))
+        most_ns = NEVER_NS if config.catch_up_limit is None else config.catch_up_limit
+        return replace(stream, headroom=max(1.0, fastest / stream.pages_per_s), made_up_ns=most_ns)
 
     def _start_streams(self) -> None:
         """A sweep that was under way before migrate starts where it stood; other laws have no memory."""
@@ -241,7 +242,7 @@ class World:
         wake_ns, late_ns = round(self.costs.ns("qemu_throttle_wake")), self.costs.throttle_tick_delay_ns(percentage)
         cycle = cycle_of(percentage, self.workload.now_ns, wake_ns=wake_ns, tick_delay_ns=late_ns)
         self.throttle.follow(cycle)
-        self.workload.set_bursts(self.throttle.run_ns)
+        self.workload.set_bursts(self.throttle.run_ns, cycle.sleep_ns)
         self.workload.set_pace(1.0 - cycle.sleep_ns / cycle.period_ns, self.workload.slowdown)
 
     def sync_wait_ns(self) -> int:

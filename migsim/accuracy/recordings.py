@@ -30,7 +30,7 @@ NUMBERS: Final[dict[str, tuple[tuple[type, ...], float, float]]] = {
     "config.write_bytes": ((int,), 1, PAGE_SIZE), "config.limit_s": ((int, float), 0, 1e6),
     "config.dirty_rate_time": ((int,), 0, 60), "config.postcopy_after": ((int, float), 0, 1e6),
     "config.hot_pages_pct": ((int, float), 1, 99), "config.hot_writes_pct": ((int, float), 0, 100),
-    "config.catch_up": ((int,), 0, 1),
+    "config.catch_up": ((int,), 0, 1), "config.lag_cap_ms": ((int, float), 0, 1e6),
     "guest.fill_pages": ((int,), 0, 1 << 28), "guest.ws_pages": ((int,), 0, 1 << 28),
     "pre.writes_per_s": ((int, float), 0, 1e9),
 }  # fmt: skip

@@ -95,9 +95,11 @@ def _workload(facts: Given, late_ms: float) -> list[dict[str, Any]]:
         "offset": f"{DATA_OFFSET} B",
         "working-set": f"{pages * PAGE_SIZE} B",
         "write-bytes": f"{config['write_bytes']} B",
-        "catch-up": bool(config["catch_up"]),
+        "catch-up": True,
         "running": f"{_lead_in_ms(config) + late_ms:.3f} ms",
     }
+    if not config["catch_up"]:  # held up longer than this, it drops what it is behind
+        stream["catch-up-limit"] = f"{config.get('lag_cap_ms', 1.0)} ms"
     if config["pattern"] == "hotcold":
         hot = pages // 100 * config.get("hot_pages_pct", 10)
         stream |= {"hot-pages": hot / pages, "hot-writes": config.get("hot_writes_pct", 90) / 100}

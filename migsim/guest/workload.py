@@ -40,6 +40,7 @@ class Stream:
     pages_per_s: float
     phases: tuple[Phase, ...] = ()
     headroom: float = 1.0  # how many times its rate it could write while it runs; above 1 it makes up for lost time
+    made_up_ns: int = 1 << 62  # lost at a stretch; of a longer one it makes up for nothing
 
     def factor(self, now_ns: int) -> float:
         """Rate factor in force at `now_ns`."""
@@ -111,17 +112,20 @@ class Workload:
         self.slowdown = 1.0
         self.share: NDArray[np.float64] = np.ones(len(streams))
         self._run_ns: Callable[[int, int], int] | None = None
+        self._stretch_ns = 0  # that the guest is held up in one go
         self._settled, self._reached = self.clock.copy(), self.clock.copy()  # clocks at `_settled_ns`, and the bursts'
         self._settled_ns = 0
-        self._even = np.array([s.headroom > 1.0 for s in streams], dtype=bool)  # who makes up for lost time writes on
         self._changes = sorted({p.at_ns for s in streams for p in s.phases}, reverse=True)
         self._set_rates()
 
     def _set_rates(self) -> None:
         pace = self.duty / self.slowdown
         for i, stream in enumerate(self.streams):
-            scale = min(1.0, pace * stream.headroom) * self.share[i] / NS_PER_S
+            scale = min(1.0, pace * self._headroom(stream)) * self.share[i] / NS_PER_S
             self.rate[i] = stream.pages_per_s * stream.factor(self.now_ns) * scale
+
+    def _headroom(self, stream: Stream) -> float:
+        return stream.headroom if self._stretch_ns <= stream.made_up_ns else 1.0
 
     def set_pace(self, duty: float, slowdown: float) -> None:
         """From now on the guest runs for `duty` of the time and `slowdown` times slower while it runs."""
@@ -141,9 +145,12 @@ class Workload:
             self._changes.pop()
         return self._changes[-1] if self._changes else None
 
-    def set_bursts(self, run_ns: Callable[[int, int], int] | None) -> None:
-        """From now on the guest's `duty` of the time comes in bursts: run_ns(begin, end) of it between two moments."""
-        self._run_ns = run_ns
+    def set_bursts(self, run_ns: Callable[[int, int], int] | None, stretch_ns: int = 0) -> None:
+        """From now on the guest's `duty` of the time comes in bursts: run_ns(begin, end) of it between two moments.
+
+        stretch_ns: how long it stands between two bursts. `set_pace` follows.
+        """
+        self._run_ns, self._stretch_ns = run_ns, stretch_ns
 
     def settle(self, now_ns: int) -> None:
         """`advance` between two calls of the loop: to where bursts have brought the guest.
@@ -157,7 +164,8 @@ class Workload:
             self._reached += self.clock - self._settled
         else:
             burst = self._run_ns(self._settled_ns, now_ns) / (self.duty * gone_ns)
-            self._reached += (self.clock - self._settled) * np.where(self._even, 1.0, burst)
+            even = np.array([self._headroom(stream) > 1.0 for stream in self.streams])  # lost time is made up for
+            self._reached += (self.clock - self._settled) * np.where(even, 1.0, burst)
             np.maximum(observed, self._reached, out=self.clock)
         self._settled, self._settled_ns = self.clock.copy(), now_ns
 

@@ -60,6 +60,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
     phases: tuple[WorkloadPhase, ...] = ()
     write_bytes: Annotated[int, size("bytes one write changes (XBZRLE sees them)", ge=1, le=PAGE_SIZE)] = 64
     catch_up: Annotated[bool, Meta(description="writes held up by a throttle are made up for later")] = False
+    catch_up_limit: Annotated[int, duration("held up longer at a stretch, time is lost; default: never")] | None = None
     running: Annotated[int, duration("how long it has been writing when migrate is issued")] = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +71,8 @@ class Workload(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
             raise ScenarioError("rate", 'give exactly one of "rate" and "rate-per-vcpu"')
         if self.pattern == "hot-cold" and not 0 < self.hot_pages < 1:
             raise ScenarioError("hot-pages", "must lie between 0 and 1, both excluded", value=self.hot_pages)
+        if self.catch_up_limit is not None and not self.catch_up:
+            raise ScenarioError("catch-up-limit", 'needs "catch-up" = true', value=self.catch_up_limit)
         if self.stop is not None and self.stop <= self.start:
             raise ScenarioError("stop", f"must come after start ({in_words(self.start, 'duration')})", value=self.stop)
         times = [phase.at for phase in self.phases]

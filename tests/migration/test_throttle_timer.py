@@ -78,6 +78,17 @@ def test_write_clocks_follow_the_bursts_and_never_run_back(percentage: int, wait
         seen = float(guest.clock[0])
 
 
+@pytest.mark.parametrize(("percentage", "kept"), [(5, 1.0), (8, 1.0), (9, 0.91), (50, 0.5)])
+def test_what_is_lost_in_short_sleeps_is_made_up_for_up_to_a_limit(percentage: int, kept: float) -> None:
+    """A guest that drops what it is more than 1 ms behind: up to 8 % of throttle its sleeps are shorter than that."""
+    cycle = cycle_of(percentage, 0, wake_ns=90_000)
+    guest = Workload([Stream(UNIFORM, 0, 1 << 20, 1e5, headroom=5.0, made_up_ns=NS_PER_MS)], 1, 0)
+    guest.set_bursts(ThrottleTimer([cycle]).run_ns, cycle.sleep_ns)
+    guest.set_pace(1.0 - cycle.sleep_ns / cycle.period_ns, 1.0)
+    guest.settle(20 * NS_PER_S)
+    assert guest.clock[0] / 2e6 == pytest.approx(kept, abs=0.012)
+
+
 def throttled(accel: str) -> Scenario:
     return build(
         {
