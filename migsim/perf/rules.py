@@ -18,6 +18,7 @@ _TODAY: Final[Kernel] = (6, 18)
 class Rules:
     """shared_faults: mmu_lock is taken for read (5.12) · fast_faults: W is added without the lock (TDP MMU from 5.15) ·
     split_on_fault: a huge SPTE keeps its translations (6.2), else it is zapped · eager_split: at enable or CLEAR (5.18)
+    · split_drops_lock: the lock is let go for each table that eager splitting allocates (cf3ff0ee, 6.11)
     · sets_page_dirty: a cleared or zapped SPTE touches struct page (until 6.12) · protects_huge_at_enable: also with
     INITIALLY_SET (5.7 to 5.10) · lockless_aging: (6.14) · slot_array_copied: a slot change copies all (until 5.16) ·
     disable: how huge mappings come back (5ba7c4c6 in 5.19, rebuilt in place in 6.13).
@@ -28,6 +29,7 @@ class Rules:
     fast_faults: bool
     split_on_fault: bool
     eager_split: bool
+    split_drops_lock: bool
     sets_page_dirty: bool
     protects_huge_at_enable: bool
     lockless_aging: bool
@@ -53,6 +55,7 @@ def rules_for(mmu: str, kernel: Kernel) -> Rules:
         fast_faults=mmu == "shadow" or kernel >= (5, 15),
         split_on_fault=tdp and kernel >= (6, 2),
         eager_split=tdp and kernel >= (5, 18),
+        split_drops_lock=tdp and kernel >= (6, 11),
         sets_page_dirty=kernel < (6, 13),
         protects_huge_at_enable=(5, 7) <= kernel <= (5, 10),
         lockless_aging=kernel >= (6, 14),

@@ -177,12 +177,16 @@ class ClosedLoop:
         return done
 
     def _account_thread(self, window: Window, held: float) -> None:
-        r, calls = self.round, window.calls
-        hold = held / calls if calls else held
+        r, calls, holds = self.round, window.calls, self._holds(window)
+        hold = held / holds if holds else held
         r.lock_write_held_ns += held
         r.longest_hold_ns = max(r.longest_hold_ns, hold)
-        r.soft_lockups += max(calls, 1) if hold > SOFT_LOCKUP_NS else 0
+        r.soft_lockups += max(holds, 1) if hold > SOFT_LOCKUP_NS else 0
         r.thread_cpu_ns += held + calls * (self.clear.call_ns if window.duty else self.clear.stopped_call_ns)
+
+    def _holds(self, window: Window) -> int:
+        """How often mmu_lock was held for write: once a CLEAR, and again after each table that it split into."""
+        return window.calls + (window.split_tables if self.rules.split_drops_lock else 0)
 
     def _reset_rings(self, window: Window, first: FirstWrites) -> float:
         """KVM_RESET_DIRTY_RINGS by reaper and full rings: everything pushed is armed again. How many resets."""
@@ -224,8 +228,9 @@ class ClosedLoop:
         write_ns /= 1.0 - (min(interrupts_ns / window.duration_ns, 0.9) if window.duration_ns else 0.0)
         if chance.locked <= RARE:
             return Pace(max(write_ns * wanted / self.vcpus, 1.0))
-        hold = held / window.calls if window.calls else 0.0
-        away = max(window.duration_ns / window.calls - hold, 0.0) if window.calls else 0.0
+        holds = self._holds(window)
+        hold = held / holds if holds else 0.0
+        away = max(window.duration_ns / holds - hold, 0.0) if holds else 0.0
         think = write_ns / chance.locked + self._slow_ns
         # The throttle puts all vCPUs to sleep at once (QEMU cpu-throttle.c): one that runs meets all the others.
         found = with_writer((self._lock_ns,), think, self.vcpus, Writer(hold, away))
