@@ -189,8 +189,10 @@ class BothWays(RuleBasedStateMachine):
     @precondition(lambda self: self.sides[0].l2 is not None)
     @rule(index=st.integers(0, 9), page=st.one_of(st.none(), pages))
     def l1_edits_its_lowest_table(self, index: int, page: int | None) -> None:
-        """Unseen by KVM once the shadow page is unsync."""
+        """Unseen by KVM where the shadow page is unsync, so that L2 may go on with the old entry."""
+        self.l2_runs("r", index)
         self.both(lambda side: side.edit(3, index, None if page is None else GuestPte(side.base + page)))
+        self.l2_runs("w", index)
 
     @precondition(lambda self: self.sides[0].l2 is not None)
     @rule(index=st.integers(0, 2), huge=st.booleans())
@@ -207,6 +209,9 @@ class BothWays(RuleBasedStateMachine):
 
     @precondition(lambda self: self.sides[0].l2 is not None)
     @rule(kind=st.sampled_from("rw"), page=st.one_of(st.integers(0, 9), st.integers(512, 530)))
+    def l2_goes_on(self, kind: str, page: int) -> None:
+        self.l2_runs(kind, page)
+
     def l2_runs(self, kind: str, page: int) -> None:
         reached = self.both(lambda side: side.in_l2(kind, page))
         if self.logging and reached is not None:
