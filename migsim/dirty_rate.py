@@ -151,7 +151,7 @@ class _DirtyBitmap:
         costs = world.costs.save(1e18)
         # nothing is sent (1 ps and 1 byte a page: the kernels divide by them), and CLEAR is one call a memslot: its
         # own cost is charged below, its pages' as it goes
-        free = SaveCosts(1, 1, 0, 0, costs.clear_page_ps, 1, 1, clear_stopped_ps=0)
+        free = SaveCosts(1, 1, 0, 0, costs.clear_page_ps, 1, 1, clear_stopped_ps=0, clear_leaf_ps=costs.clear_leaf_ps)
         lazy = world.scenario.kvm.lazy_clear
         self.ram = Ram(world.memory, world.vm, world.slot_ids, free, lazy, self._tick, with_bitmaps=not world.bulk)
         if world.bulk:

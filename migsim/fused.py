@@ -23,6 +23,7 @@ from migsim.fused_views import (
     BITS,
     CLEAR_CALLS,
     FIRST_LOST,
+    LEAVES,
     LOST,
     NEED_4K,
     NEED_CLOCK,
@@ -190,7 +191,7 @@ class FusedRam(Ram):
         if self._costs_now is None or self._costs_now[0] is not c:
             self._costs_now = c, Costs(
                 c.normal_ps, c.zero_ps, c.word_ps, c.clear_ps, c.clear_page_ps, c.normal_bytes, c.zero_bytes,
-                c.clear_table_ps,
+                c.clear_leaf_ps, c.clear_table_ps,
             )  # fmt: skip
         return self._costs_now[1]
 
@@ -242,7 +243,11 @@ class FusedRam(Ram):
         self.results += results
         found = results[FIRST_LOST]
         self.results[FIRST_LOST] = first_lost if first_lost >= 0 else found
-        self.rearmed_pages, self.clear_calls = int(self.results[REARMED_PAGES]), int(self.results[CLEAR_CALLS])
+        self._counted(self.results)
+
+    def _counted(self, results: Ints) -> None:
+        self.rearmed_pages, self.clear_calls = int(results[REARMED_PAGES]), int(results[CLEAR_CALLS])
+        self.rearmed_leaves = int(results[LEAVES])
 
     def _store_hits(self, extent: Extent, chunk: int, hits: Words, summary: Words, counts: Ints) -> None:
         """The stores a kernel handed back, once there are tables for them."""
@@ -329,7 +334,7 @@ class FusedRam(Ram):
             self._send_pages = entry_of(send_pages)
         extent.kvm.count(counts)
         counts.fill(0)
-        self.rearmed_pages, self.clear_calls = int(results[REARMED_PAGES]), int(results[CLEAR_CALLS])
+        self._counted(results)
         return int(why)
 
     def _send_plain(self, state: Ints, limits: SaveLimits) -> int:

@@ -8,6 +8,7 @@ from numba import njit
 from migsim.fused_kernels import catch_up_chunk
 from migsim.fused_views import (
     CLEAR_CALLS,
+    LEAVES,
     NEED_4K,
     NEED_CLOCK,
     NEED_TABLES,
@@ -42,6 +43,7 @@ from migsim.words import (
     SUMMARY_WORDS,
     ZERO,
     lowest_bit,
+    popcount,
     raise_summary,
     settle_chunk,
     settle_summed,
@@ -126,9 +128,24 @@ def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, cou
     slot.reach[sc] = slot.reach[sc] != 0
     results[REARMED_PAGES] += count
     results[CLEAR_CALLS] += 1
-    cost_ps = costs.clear_ps + count * costs.clear_page_ps + int(results[TABLES]) * costs.clear_table_ps
+    # Where not every page was marked, those that were have been written, and 4K leaves map them.
+    small = count if count < pages else _leaves(slot, sc, pages)
+    results[LEAVES] += small
+    cost_ps = costs.clear_ps + count * costs.clear_page_ps + small * costs.clear_leaf_ps
+    cost_ps += int(results[TABLES]) * costs.clear_table_ps
     results[TABLES] = 0
     return cost_ps
+
+
+@njit(cache=True, nogil=True)
+def _leaves(slot: SlotView, sc: int, pages: int) -> int:
+    """4K leaves of a chunk."""
+    if slot.leaves.present_full[sc]:
+        return pages
+    found = ZERO
+    for word in slot.leaves.present[sc * CHUNK_WORDS : sc * CHUNK_WORDS + ((pages + 63) >> 6)]:
+        found += popcount(word)
+    return int(found)
 
 
 # A chunk that is lazily all ones and is sent from its first page on needs no words at all while that goes on: what is

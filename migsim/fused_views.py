@@ -17,9 +17,9 @@ Floats = NDArray[np.float64]
 NEED_4K, NEED_CLOCK, NEED_TABLES = 10, 11, 12
 
 # Indices into the int64 results of a kernel. REARMED_PAGES: by CLEAR; TAKEN: by GET without manual protection.
-# TABLES: huge pages split for the CLEAR that comes next, in tables; it takes them.
-NEW, LOST, FIRST_LOST, BITS, REARMED_PAGES, CLEAR_CALLS, NOW_NS, TAKEN, TABLES = range(9)
-RESULTS_LEN = 9
+# TABLES: huge pages split for the CLEAR that comes next, in tables; it takes them. LEAVES: re-armed 4K leaves.
+NEW, LOST, FIRST_LOST, BITS, REARMED_PAGES, CLEAR_CALLS, NOW_NS, TAKEN, TABLES, LEAVES = range(10)
+RESULTS_LEN = 10
 
 
 class Streams(NamedTuple):
@@ -89,4 +89,5 @@ class Costs(NamedTuple):
     clear_page_ps: int
     normal_bytes: int
     zero_bytes: int
+    clear_leaf_ps: int
     clear_table_ps: int

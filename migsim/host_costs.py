@@ -73,10 +73,10 @@ class HostCosts:
         clear = self.clear
         out = {
             "kvm_clear": clear.call_ns, "kvm_clear_stopped": clear.stopped_call_ns, "kvm_clear_page": clear.page_ns,
-            "kvm_clear_table": clear.table_ns,
+            "kvm_clear_leaf": clear.leaf_ns, "kvm_clear_table": clear.table_ns,
         }  # fmt: skip
         if not self.scenario.kvm.lazy_clear:
-            out |= {"kvm_get": clear.call_ns, "kvm_get_page": clear.page_ns}
+            out |= {"kvm_get": clear.call_ns, "kvm_get_page": clear.written_page_ns}
         return out
 
     def enable_ns(self) -> int:

@@ -34,6 +34,7 @@ class RamCounters(Protocol):
     rearmed_pages: int
     harvests: int
     harvested_pages: int
+    rearmed_leaves: int
     split_in_clear: int
     split_tables: Callable[[], int]
     blocks: list[BlockState]
@@ -61,12 +62,12 @@ class RoundRow:
 
 
 class _Snapshot(NamedTuple):
-    """A moment: the write clocks, the duty, and (ioctls that re-armed, pages re-armed, tables they split off)."""
+    """A moment: the write clocks, the duty, and (ioctls that re-armed, their pages, 4K leaves, tables split off)."""
 
     now_ns: int
     clock: NDArray[np.float64]
     duty: float
-    counters: tuple[int, int, int]
+    counters: tuple[int, int, int, int]
     scan: int  # guest page up to which CLEAR has been: a chunk is re-armed as a whole
 
 
@@ -159,10 +160,11 @@ class Meters:
         return True
 
     def _snapshot(self, now_ns: int) -> _Snapshot:
-        w, ram, counters = self.workload, self.ram, (0, 0, 0)
+        w, ram, counters = self.workload, self.ram, (0, 0, 0, 0)
         if self._charged:
             pages = ram.rearmed_pages + ram.harvested_pages
-            counters = (ram.clear_calls + ram.harvests, pages, ram.split_in_clear)
+            leaves = ram.rearmed_leaves + ram.harvested_pages
+            counters = (ram.clear_calls + ram.harvests, pages, leaves, ram.split_in_clear)
         block = ram.blocks[ram.block_index].block
         scan = min(-(-ram.page // CHUNK_PAGES) * CHUNK_PAGES, block.pages)
         return _Snapshot(now_ns, w.clock.copy(), w.duty, counters, block.first_page + scan)
@@ -170,12 +172,12 @@ class Meters:
     def _look(self, now: _Snapshot) -> None:
         """Account for what happened between the last look and `now`."""
         before, self._seen = self._seen, now
-        calls, rearmed, splits = (b - a for a, b in zip(before.counters, now.counters, strict=True))
+        calls, rearmed, leaves, splits = (b - a for a, b in zip(before.counters, now.counters, strict=True))
         duration = now.now_ns - before.now_ns
         if duration > 0 or calls:
             writes, where = now.clock - before.clock, self._scanned(before.scan, now.scan)
             full = self._full_rates(now.now_ns)
-            self.loop.window(Window(duration, writes, full, now.duty, calls, rearmed, splits, where))
+            self.loop.window(Window(duration, writes, full, now.duty, calls, rearmed, leaves, splits, where))
 
     def _full_rates(self, now_ns: int) -> NDArray[np.float64]:
         """Writes a ns every stream wants to make."""

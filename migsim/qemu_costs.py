@@ -35,6 +35,7 @@ ASSUMED_NS: Mapping[str, float] = {
     "kvm_clear": 5_000.0,
     "kvm_clear_stopped": 5_000.0,  # the same with every vCPU out of the guest: requests set, nobody kicked
     "kvm_clear_page": 7.0,  # a real KVM_CLEAR_DIRTY_LOG on a development machine: about 7 ns a page
+    "kvm_clear_leaf": 0.0,  # and each of these that a 4K leaf maps; every host profile prices it
     "kvm_clear_table": 0.0,  # each table a CLEAR splits a huge page into; every host profile prices it
     "kvm_get": 0.0,  # a GET that re-arms at once, beyond its copy: only without manual protection, priced with it
     "kvm_get_page": 0.0,
@@ -160,6 +161,7 @@ class QemuCosts:
             normal_bytes=normal_bytes,
             zero_bytes=zero_bytes,
             clear_stopped_ps=round(self.ns("kvm_clear_stopped") * PS_PER_NS),
+            clear_leaf_ps=round(self.ns("kvm_clear_leaf") * PS_PER_NS),
             clear_table_ps=round(self.ns("kvm_clear_table") * PS_PER_NS),
             get_ps=round(self.ns("kvm_get") * PS_PER_NS),
             get_page_ps=round(self.ns("kvm_get_page") * PS_PER_NS),

@@ -21,6 +21,7 @@ from migsim.meters import Meters, RoundRow
 from migsim.migration import mapped_ram, wire
 from migsim.migration.background_snapshot import SnapshotRam
 from migsim.migration.events import both_sides
+from migsim.migration.marked import between
 from migsim.migration.precopy import Interrupted, Knobs, Limits, Precopy, RoundLog
 from migsim.migration.ram import PS_PER_NS, Ram
 from migsim.qemu_costs import QemuCosts
@@ -133,6 +134,8 @@ def run(
     world.vm.trace_sink = trace
     watch = Watch(world.vm) if verify else None
     meters = host.meters(world.workload, ram, world.meter.totals)
+    leaves = world.vm.mmu.root_of(world.vcpus[0]).leaf
+    ram.leaves_in = lambda slot_id, first, pages: between(leaves[slot_id].present, first, first + pages)
     world.before_stop_or_resume, world.pages_asked_for = meters.stop_or_resume, meters.pages_asked_for
     snapshot = snapshot_ram(scenario, ram, world, costs) if scenario.migration.is_snapshot else None
     carried = snapshot or wire_ram(scenario, ram, world, costs)

@@ -57,6 +57,7 @@ class SaveCosts:
     normal_bytes: int
     zero_bytes: int
     clear_stopped_ps: int | None = None  # one CLEAR with every vCPU out of the guest; None: as ever
+    clear_leaf_ps: int = 0  # and each of these that a 4K leaf maps
     clear_table_ps: int = 0  # each table a CLEAR splits a huge page into
     get_ps: int = 0  # one GET that re-arms, without manual protection, beyond copying the bitmap
     get_page_ps: int = 0  # and each page it re-arms
@@ -145,9 +146,11 @@ class Ram:
         self.last_sent_block = -1  # the stream names a block only when it changes
         self.names_blocks = True  # not where pages go to places of their own (mapped-ram)
         self.first_pages = 0  # pages of data sent with their block's name
-        self.rearmed_pages = self.clear_calls = self.split_in_clear = 0
+        self.rearmed_pages = self.rearmed_leaves = self.clear_calls = self.split_in_clear = 0
+        # What KVM did besides, for the price: 4K leaves of (slot, first page, pages); tables split off huge pages so far
+        self.leaves_in: Callable[[int, int, int], int] = lambda slot_id, first, pages: pages
         self.harvests = self.harvested_pages = 0  # GETs without manual protection that took a bit, and their bits
-        self.split_tables: Callable[[], int] = _no_tables  # tables KVM has split huge pages into so far
+        self.split_tables: Callable[[], int] = lambda: 0
 
     @property
     def total_bytes(self) -> int:
@@ -183,7 +186,8 @@ class Ram:
     def clear_ps(self) -> int:
         """Time of all CLEARs so far, at the present price."""
         c = self.costs
-        pages_ps = self.rearmed_pages * c.clear_page_ps + self.split_in_clear * c.clear_table_ps
+        pages_ps = self.rearmed_pages * c.clear_page_ps + self.rearmed_leaves * c.clear_leaf_ps
+        pages_ps += self.split_in_clear * c.clear_table_ps
         return self.clear_calls * c.clear_ps + pages_ps
 
     def get_ps(self) -> int:
@@ -307,9 +311,11 @@ class Ram:
             known[:] = 0
             self.clear_calls, self.rearmed_pages = self.clear_calls + 1, self.rearmed_pages + count
             split = self.split_tables() - before
-            self.split_in_clear += split
+            # Where not every page was marked, those that were have been written, and 4K leaves map them.
+            leaves = self.leaves_in(slot.id, start, count) if count == stop - start else count
+            self.split_in_clear, self.rearmed_leaves = self.split_in_clear + split, self.rearmed_leaves + leaves
             c = self.costs
-            cost += c.clear_ps + count * c.clear_page_ps + split * c.clear_table_ps
+            cost += c.clear_ps + count * c.clear_page_ps + leaves * c.clear_leaf_ps + split * c.clear_table_ps
         return cost
 
     def send_chunk(self, state: BlockState, page: int, limits: SaveLimits, vector: Ints) -> int:
@@ -330,11 +336,6 @@ class Ram:
         if self.page >= block.pages:
             self.block_index, self.page = (self.block_index + 1) % len(self.blocks), 0
         return int(why)
-
-
-def _no_tables() -> int:
-    """Nothing here splits huge pages."""
-    return 0
 
 
 def _words(pages: int) -> Words:

@@ -38,7 +38,8 @@ class Window:
     """What happened in a stretch of time.
 
     writes: float64[S] made; rates: float64[S] at full speed, writes a ns; calls: ioctls that re-armed (CLEAR, or GET
-    without manual protection); rearmed_in: the guest pages they went over; duty: 0 with the guest stopped.
+    without manual protection); rearmed_pages: bits they took, of which rearmed_leaves were mapped by 4K leaves;
+    rearmed_in: the guest pages they went over; duty: 0 with the guest stopped.
     """
 
     duration_ns: int
@@ -47,6 +48,7 @@ class Window:
     duty: float
     calls: int
     rearmed_pages: int
+    rearmed_leaves: int
     split_tables: int = 0
     rearmed_in: Sequence[Span] = ()
 
@@ -139,7 +141,7 @@ class ClosedLoop:
         if not entries:
             return
         self._ring_room = max(entries - _RING_RESERVE - (_PML_ENTRIES if self.pools.pml else 0), 1)
-        reap = self._ring_room * (self.host.ns("ring-reset-entry") + self.clear.page_ns) + self.clear.call_ns
+        reap = self._ring_room * (self.host.ns("ring-reset-entry") + self.clear.written_page_ns) + self.clear.call_ns
         self._ring_full_ns = (self.host.ns("vm-exit") + self.host.ns("ring-full-exit") + reap) * smt
         pushed = self.host.ns("ring-push") * smt + self._ring_full_ns / self._ring_room
         self._fast_ns += pushed
@@ -159,7 +161,7 @@ class ClosedLoop:
         """Account for a window that ran at the last pace, and set the next."""
         first = self.pools.write(window.writes)
         self.pools.rearm(float(window.rearmed_pages), window.rearmed_in)
-        held = self.clear.held_ns(window.calls, window.rearmed_pages, window.split_tables)
+        held = self.clear.held_ns(window.rearmed_pages, window.rearmed_leaves, window.split_tables)
         self._account_thread(window, held)
         calls = float(window.calls)
         if self._ring_room:
@@ -193,7 +195,7 @@ class ClosedLoop:
         pushed = first.total
         self.pools.rearm(float(self.pools.pages.sum()))
         resets = pushed / self._ring_room + (window.duration_ns / _REAPER_NS if pushed else 0.0)
-        r, held = self.round, pushed * self.clear.page_ns
+        r, held = self.round, pushed * self.clear.written_page_ns
         r.lock_write_held_ns += held
         r.longest_hold_ns = max(r.longest_hold_ns, held / max(resets, 1.0))
         return resets

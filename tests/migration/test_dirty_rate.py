@@ -262,5 +262,6 @@ def test_a_measurements_cost_is_the_hosts() -> None:
     (found,) = migsim.calc_dirty_rate(scenario)
     slots = len(World(scenario, costs, 0, bulk=True).slots)
     pages = scenario.guest.pages
-    expected = pages * costs.ns("kvm_clear_page") + slots * costs.ns("kvm_clear")
+    page_ns = costs.ns("kvm_clear_page") + costs.ns("kvm_clear_leaf")
+    expected = pages * page_ns + slots * costs.ns("kvm_clear")
     assert found.cost["reset-ns"] == pytest.approx(expected, rel=0.01)

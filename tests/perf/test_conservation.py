@@ -98,11 +98,11 @@ def test_writes_lost_are_the_time_the_vcpus_stood_still(
     rates, step = np.array([rate_per_s / _S]), _S // 10
     rearmed = rearmed if calls else 0
     for _ in range(30):
-        window = Window(step, rates / loop.pace.slowdown * step, rates, 1.0, calls, rearmed)
+        window = Window(step, rates / loop.pace.slowdown * step, rates, 1.0, calls, rearmed, rearmed)
         loop.window(window)
     loop.end_round()
     for _ in range(10):
-        loop.window(Window(step, rates / loop.pace.slowdown * step, rates, 1.0, calls, rearmed))
+        loop.window(Window(step, rates / loop.pace.slowdown * step, rates, 1.0, calls, rearmed, rearmed))
     cost = loop.end_round()
     lost = 1.0 - cost.guest_throughput_share
     stood_still = cost.stalls.total_ns / (vcpus * cost.running_ns)
@@ -115,8 +115,8 @@ def test_writes_lost_are_the_time_the_vcpus_stood_still(
 def test_a_throttle_s_sleep_is_charged_by_the_duty_alone(duty: float, mmu: str) -> None:
     free, slept = (_loop(mmu, pml=False, backing=512, vcpus=16, pages=1e8) for _ in range(2))
     rates = np.array([1e-3])
-    pace = free.window(Window(_S, np.zeros(1), rates, 1.0, 0, 0))
-    assert slept.window(Window(_S, np.zeros(1), rates, duty, 0, 0)) == pace
+    pace = free.window(Window(_S, np.zeros(1), rates, 1.0, 0, 0, 0))
+    assert slept.window(Window(_S, np.zeros(1), rates, duty, 0, 0, 0)) == pace
 
 
 def test_a_ring_costs_what_a_bitmap_nobody_clears_does_not_and_a_smaller_one_more() -> None:
@@ -125,7 +125,7 @@ def test_a_ring_costs_what_a_bitmap_nobody_clears_does_not_and_a_smaller_one_mor
     for ring in (0, 65536, 4096):
         loop = _loop("tdp", pml=True, backing=1, vcpus=16, pages=1e7, ring=ring)
         for _ in range(20):
-            loop.window(Window(_S, rates / loop.pace.slowdown * _S, rates, 1.0, 0, 0))
+            loop.window(Window(_S, rates / loop.pace.slowdown * _S, rates, 1.0, 0, 0, 0))
         lost.append(1.0 - loop.end_round().guest_throughput_share)
     assert lost[0] < lost[1] < lost[2]
 
@@ -193,3 +193,15 @@ def test_a_longer_fault_slows_the_guest_more_and_never_brings_a_page_twice(rate:
     lost = 1.0 - long.guest_throughput_share
     stood_still = long.stalls.total_ns / (8 * 10.0 * _S)
     assert lost == pytest.approx(stood_still, rel=0.02, abs=1e-6)
+
+
+def test_a_clear_of_what_is_mapped_huge_changes_no_leaf() -> None:
+    """Without eager splitting the first pass only walks; a 4 KiB guest pays for each of its SPTEs."""
+    first = {
+        backing: _run("tdp-5.10", "bitmap", "none", backing, "0 B/s").rounds[0].lock_write_held_ns
+        for backing in ("4K", "2M")
+    }
+    host = load_profile()
+    pages, leaf_ns = 64 * 256, host.ns("spte-clear-dirty") + host.ns("pfn-set-dirty")
+    assert first["4K"] - first["2M"] == pytest.approx(pages * leaf_ns, rel=0.01)
+    assert first["2M"] < first["4K"] / 10

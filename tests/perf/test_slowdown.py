@@ -33,7 +33,7 @@ def _loop(mmu: str, *, vcpus: int = 416, pages: float = 1e6, **more: Any) -> Clo
 def _window(
     rate_per_s: float, seconds: float = 1.0, *, writes: float = 0.0, calls: int = 0, rearmed: int = 0
 ) -> Window:
-    return Window(int(seconds * _S), np.array([writes]), np.array([rate_per_s / _S]), 1.0, calls, rearmed)
+    return Window(int(seconds * _S), np.array([writes]), np.array([rate_per_s / _S]), 1.0, calls, rearmed, rearmed)
 
 
 @pytest.mark.parametrize("pml", [True, False])
@@ -135,7 +135,7 @@ def test_a_busier_guest_is_never_slowed_less(rates: tuple[float, float], mmu: st
 
 def test_a_hold_above_20_s_is_a_soft_lockup() -> None:
     loop = _loop("tdp")
-    page_ns = loop.clear.page_ns
+    page_ns = loop.clear.written_page_ns
     loop.window(_window(1e5, calls=1, rearmed=int(19e9 / page_ns)))
     assert loop.round.soft_lockups == 0
     loop.window(_window(1e5, calls=1, rearmed=int(21e9 / page_ns)))
