@@ -151,6 +151,7 @@ def set_spte_atomic(
     in recent kernels under RCU alone.
     """
     assert not mmu.fmt.is_frozen(it.old_spte), f"frozen SPTE at gfn {it.gfn:#x} level {it.level} is not ours to change"
+    assert not it.yielded, f"SPTE at gfn {it.gfn:#x} level {it.level} changed after a yield: its table may be gone"
     assert_protected(mmu, it.gfn, lockless=aging and mmu.vintage.lockless_aging)
     mmu.vm.meter.count("spte_cmpxchg")
     if not it.root.cmpxchg(it.at, it.old_spte, new, publish):
@@ -171,6 +172,7 @@ def set_spte(mmu: MmuState, it: TdpIter, new: int) -> None:
     where = f"SPTE at gfn {it.gfn:#x} level {it.level}"
     assert mmu.lock.writer, f"{where} written without the exclusive mmu_lock"
     assert not mmu.fmt.is_frozen(it.old_spte) and not mmu.fmt.is_frozen(new), f"{where} frozen under the exclusive lock"
+    assert not it.yielded, f"{where} changed after a yield: its table may be gone"
     assert_protected(mmu, it.gfn)
     old = it.old_spte
     held = it.root.write(it.at, new)

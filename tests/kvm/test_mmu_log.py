@@ -135,6 +135,24 @@ def test_the_last_page_of_a_clear_is_split_too(mmu_guest) -> None:
     guest.close()
 
 
+def test_a_last_page_that_begins_a_huge_page_is_protected_with_it(mmu_guest) -> None:
+    """KVM rounds both ends up before it compares them (3c9bd400): it would leave this one writable and clean."""
+    guest = mmu_guest(replace(WP, eager_page_split=False), base=512 - 32, pages=1024)
+    guest.delete_slot()
+    guest.hva += (512 - 32) * 4096
+    guest.pages = 544
+    guest.set_slot(0)
+    guest.vm.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0, (3,))
+    guest.write(600)
+    guest.log()
+    assert guest.spte(600)[1] == 2
+    guest.clear(511, 512)
+    assert not bits(guest, 512)[0]
+    guest.write(512)
+    assert 512 in guest.get()
+    guest.close()
+
+
 def test_without_eager_split_a_clear_protects_the_huge_page_of_its_first_and_last_page(mmu_guest) -> None:
     guest = mmu_guest(replace(WP, eager_page_split=False))
     guest.vm.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0, (3,))

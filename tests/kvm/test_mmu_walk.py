@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from migsim.kvm.changed_spte import set_spte, set_spte_atomic
 from migsim.kvm.config import VmConfig
 from migsim.kvm.mmu_state import Sched
 from migsim.kvm.spte import PG_LEVEL_2M
@@ -78,6 +79,20 @@ def test_a_yield_flushes_what_is_pending_and_restarts_without_advancing(mmu_gues
             it.next()
         assert it.gfn == 2, "the entry it yielded at is visited, not skipped (3a0f64de)"
         assert not cond_resched(guest.mmu.state, it, flush=True), "yielding twice at one place would never end"
+    guest.close()
+
+
+@pytest.mark.parametrize("change", [set_spte, set_spte_atomic])
+def test_no_spte_may_be_changed_between_a_yield_and_the_next_step(mmu_guest, change) -> None:
+    guest = mmu_guest(level=1)
+    guest.write(0, 1)
+    state = guest.mmu.state
+    state.sched = Impatient()
+    with guest.mmu.state.lock.write(), guest.mmu.state.rcu.read():
+        it = next(it for it in for_each_tdp_pte(guest.root, 0, 2) if it.is_leaf and it.gfn == 1)
+        assert cond_resched(state, it, flush=False)
+        with pytest.raises(AssertionError, match="gfn 0x1 level 1 changed after a yield"):
+            change(state, it, guest.mmu.fmt.nonpresent)
     guest.close()
 
 
