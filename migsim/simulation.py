@@ -213,6 +213,7 @@ def _knobs(scenario: Scenario) -> Knobs:
         max_bandwidth=m.max_bandwidth, downtime_limit_ms=m.downtime_limit,
         avail_switchover_bandwidth=m.avail_switchover_bandwidth, max_postcopy_bandwidth=m.max_postcopy_bandwidth,
         pause_before_switchover="pause-before-switchover" in m.capabilities, compat=m.compat,
+        stop_first=m.mode == "cpr-reboot",
     )  # fmt: skip
 
 

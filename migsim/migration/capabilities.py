@@ -162,6 +162,12 @@ def check_migrate(on: Collection[str], uri: str, parameters: Mapping[str, Any], 
     scheme = uri.split(":", 1)[0]
     if scheme not in ("tcp", "unix", "exec", "fd", "file", "rdma", "vsock") or (scheme == "file" and compat == "7.2"):
         raise QmpError("Parameter 'uri' expects a valid migration protocol")
+    if parameters.get("mode", "normal").startswith("cpr-"):
+        conflicts = {"postcopy-ram": "postcopy", "dirty-bitmaps": "postcopy"}  # migrate_postcopy() asks for either
+        conflicts |= {"background-snapshot": "background snapshot", "x-colo": "COLO"}
+        for name, conflict in conflicts.items():
+            if name in on:
+                raise QmpError(f"Cannot use {conflict} with CPR")
     if "mapped-ram" in on:
         if parameters.get("tls-creds"):
             raise QmpError("Cannot use TLS with mapped-ram")

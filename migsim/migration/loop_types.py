@@ -135,6 +135,7 @@ class Knobs:
     max_postcopy_bandwidth: int = 0
     pause_before_switchover: bool = False
     postcopy_ram: bool = False
+    stop_first: bool = False  # mode cpr-reboot: the guest stands still from the start
     compat: str = "10.0"
 
 

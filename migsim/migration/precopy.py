@@ -128,6 +128,8 @@ class Precopy:
 
     def _setup(self) -> None:
         self.begin()
+        if self.knobs.stop_first:
+            switchover.suspend(self, "cpr-reboot")
         self.pass_time(self.machine.log_start())
         self.sync()
         self.stats.setup_ns = (self.clock.ms(self.now_ns) - self.start_ms) * NS_PER_MS

@@ -48,7 +48,7 @@ def hold(loop: Precopy) -> bool:
 
 def complete(loop: Precopy) -> None:
     """migration_completion. A cancel is heeded between its steps and in those that wait or send."""
-    start = loop.now_ns
+    start = loop.stopped_ns if loop.knobs.stop_first and loop.stopped_ns is not None else loop.now_ns
     stop_guest(loop)
     if hold(loop):
         cancel(loop)

@@ -125,8 +125,8 @@ class Migration(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknow
         if {"background-snapshot", "mapped-ram"} <= set(self.capabilities):
             problem = "QEMU accepts the pair; a snapshot into fixed places of a file is not modelled here"
             raise ScenarioError("capabilities", problem, value=list(self.capabilities))
-        if self.mode != "normal":
-            problem = "QEMU accepts it; without a pre-copy loop, hence not modelled here"
+        if self.mode == "cpr-transfer":
+            problem = "QEMU accepts it; RAM changes hands without being copied, hence not modelled here"
             raise ScenarioError("mode", problem, value=self.mode)
 
     @property

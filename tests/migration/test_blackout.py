@@ -155,11 +155,26 @@ def test_the_result_tells_qmps_events_only_where_qemu_emits_them() -> None:
     assert names[-5:] == ["STOP", "pre-switchover", "cancelling", "RESUME", "cancelled"]
 
 
+def test_cpr_reboot_stops_the_guest_first_and_copies_each_page_once() -> None:
+    result = run(mode="cpr-reboot", capabilities=["events", "mapped-ram"], **{"max-bandwidth": 0})
+    assert result.converged and result.verify["lost-pages"] == 0
+    told = [e["data"]["status"] if e["event"] == "MIGRATION" else e["event"] for e in result.events]
+    assert told[:4] == ["setup", "STOP", "MIGRATION_PASS", "active"] and "RESUME" not in told
+    ram = result.migration["ram"]
+    assert (ram["normal"] + ram["duplicate"]) * 4096 == ram["total"], "nothing is dirtied, so nothing goes twice"
+    assert ram["precopy-bytes"] < 1000 < ram["downtime-bytes"]
+    assert result.migration["downtime"] >= 0.99 * result.migration["total-time"]
+    assert sum(parts(result).values()) / NS_PER_MS == pytest.approx(result.migration["downtime"], abs=2)
+
+
 def test_what_is_accepted_and_not_modelled_is_refused_or_named() -> None:
     with pytest.raises(ScenarioError, match="QEMU accepts it; COLO"):
         run(capabilities=["x-colo"])
     with pytest.raises(ScenarioError, match="mode.*not modelled here"):
-        run(mode="cpr-reboot")
+        run(mode="cpr-transfer")
+    for name, conflict in (("postcopy-ram", "postcopy"), ("background-snapshot", "background snapshot")):
+        with pytest.raises(ScenarioError, match=f"Cannot use {conflict} with CPR"):
+            run(mode="cpr-reboot", capabilities=[name])
     named = run(capabilities=["release-ram"], **{"announce-rounds": 9, "max-bandwidth": 0, "downtime-limit": 900})
     assert named.host["not-modelled"] == ["release-ram", "announce-rounds"]
 
