@@ -191,6 +191,6 @@ def test_a_chance_of_locking_that_has_died_out_is_no_wait_and_no_nan() -> None:
 def test_a_clear_that_splits_lets_the_lock_go_for_each_table(kernel: tuple[int, int], holds: int) -> None:
     """cf3ff0ee (6.11): the same time under the lock, in many short holds instead of one."""
     loop = _loop("tdp", backing=262144, protected=False, kernel=kernel)
-    loop.window(Window(_S, np.array([0.0]), np.array([1e-3]), 1.0, 1, 262144, split_tables=513))
+    loop.window(Window(_S, np.array([0.0]), np.array([1e-3]), 1.0, 1, 262144, 262144, split_tables=513))
     cost = loop.end_round()
     assert cost.longest_hold_ns == pytest.approx(cost.lock_write_held_ns / holds)
