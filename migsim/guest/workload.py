@@ -150,6 +150,8 @@ class Workload:
 
         stretch_ns: how long it stands between two bursts. `set_pace` follows.
         """
+        if self._run_ns is None:
+            self._settled, self._reached, self._settled_ns = self.clock.copy(), self.clock.copy(), self.now_ns
         self._run_ns, self._stretch_ns = run_ns, stretch_ns
 
     def settle(self, now_ns: int) -> None:
@@ -158,15 +160,16 @@ class Workload:
         Inside a call clocks move at the mean rate, so one may be ahead by part of a burst; it then stands until the
         bursts have caught up, for what was observed has happened.
         """
-        observed, gone_ns = self.clock.copy(), now_ns - self._settled_ns
-        self.advance(now_ns)
+        gone_ns = now_ns - self._settled_ns
         if self._run_ns is None or not self.duty or not gone_ns:
-            self._reached += self.clock - self._settled
-        else:
-            burst = self._run_ns(self._settled_ns, now_ns) / (self.duty * gone_ns)
-            even = np.array([self._headroom(stream) > 1.0 for stream in self.streams])  # lost time is made up for
-            self._reached += (self.clock - self._settled) * np.where(even, 1.0, burst)
-            np.maximum(observed, self._reached, out=self.clock)
+            self.advance(now_ns)
+            return
+        observed = self.clock.copy()
+        self.advance(now_ns)
+        burst = self._run_ns(self._settled_ns, now_ns) / (self.duty * gone_ns)
+        even = np.array([self._headroom(stream) > 1.0 for stream in self.streams])  # lost time is made up for
+        self._reached += (self.clock - self._settled) * np.where(even, 1.0, burst)
+        np.maximum(observed, self._reached, out=self.clock)
         self._settled, self._settled_ns = self.clock.copy(), now_ns
 
     def advance(self, now_ns: int) -> None:
