@@ -334,8 +334,9 @@ class BulkSlot:
         if slow or sums[PF_FAST]:
             self._count_faults(sums[PF_FAST], slow, sums[MAPPED])
         meter.count("pml_logged", sums[PML_LOGGED])
-        meter.count("get_user_page", slow)
-        meter.count("mmu_lock_read" if vintage.shared_lock else "mmu_lock_write", slow)
+        if slow:
+            meter.count("get_user_page", slow)
+            meter.count("mmu_lock_read" if vintage.shared_lock else "mmu_lock_write", slow)
         meter.count("mmu_lock_write", sums[HOLDS])
         self.flush(sums[FLUSHES])
         if not vintage.tdp:

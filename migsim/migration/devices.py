@@ -78,7 +78,7 @@ class DeviceSet:
     @property
     def pending(self) -> int:
         """Bytes the estimate knows of: VFIO's state_pending_estimate."""
-        return sum(device.precopy_bytes for device in self.devices)
+        return sum(device.precopy_bytes for device in self.devices) if self.devices else 0
 
     @property
     def stop_copy(self) -> int:
