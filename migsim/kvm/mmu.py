@@ -117,7 +117,10 @@ class Mmu(VcpuMmu):
     def enable_log_dirty_pt_masked(self, slot: Memslot, gfn_offset: int, mask: int) -> None:
         """Re-arm the pages base_gfn + gfn_offset + (set bits of the 64-bit `mask`); the caller flushes the slot.
 
-        a. With INITIALLY_SET huge pages may still be there: split them, and protect what was not split.
+        a. With INITIALLY_SET huge pages may still be there: split them, and protect what was not split. KVM up to 6.18
+           tells two huge pages apart by rounding both gfns up: without eager splitting, in a slot whose base is no
+           multiple of 64 pages, a last gfn that begins a huge page then passes for its neighbour's and stays writable
+           and clean. Here the huge pages themselves are compared.
         b. Clear D where PML is in use, else W.
         """
         assert 0 < mask < 1 << WORD_BITS, f"mask {mask:#x} for gfn offset {gfn_offset:#x}"

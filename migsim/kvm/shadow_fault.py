@@ -14,7 +14,7 @@ from migsim.kvm.host_mm import HostPage
 from migsim.kvm.levels import PageFault, hugepage_adjust
 from migsim.kvm.make_spte import make_spte
 from migsim.kvm.memslot import Memslot
-from migsim.kvm.mmio import check_mmio_spte, make_mmio_spte, mmio_generation, mmio_gfn
+from migsim.kvm.mmio import check_mmio_spte, make_mmio_spte, mmio_gfn
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.page_fault import count_result, error_code, faultin_pfn, write_protected
 from migsim.kvm.page_limit import PageLimit
@@ -22,7 +22,7 @@ from migsim.kvm.page_state import mapped_page
 from migsim.kvm.shadow_page import ShadowPage
 from migsim.kvm.shadow_pages import ShadowPages
 from migsim.kvm.spte import ACC_WRITE, PG_LEVEL_4K, gfn_round, spte_index
-from migsim.kvm.tdp_mmu import RetPf, mark_made_writable, trace_set_spte
+from migsim.kvm.tdp_mmu import RetPf, mark_made_writable, trace_mmio_spte, trace_set_spte, trace_spte_requested
 from migsim.kvm.unsync import Unsync
 from migsim.units import PAGE_SHIFT, pages_per_level
 
@@ -68,7 +68,6 @@ class ShadowFaults:
             return False
         access = spte & fmt.mmio_access
         self.mmu.vm.trace("handle_mmio_page_fault", addr=addr << PAGE_SHIFT, gfn=mmio_gfn(fmt, spte), access=access)
-        assert mmio_generation(fmt, spte) >= 0
         gva = 0 if root.key.guest_mode else addr << PAGE_SHIFT
         vcpu.mmio.cache(gva, mmio_gfn(fmt, spte), access, self.mmu.vm.memslots(0).generation)
         return True
@@ -132,7 +131,7 @@ class ShadowFaults:
             page = below
         page.write_flooding = 0
         hugepage_adjust(self.mmu, fault)  # after the shadow pages are there, whose tables may forbid a huge page
-        self.mmu.vm.trace("kvm_mmu_spte_requested", gfn=fault.gfn, pfn=fault.pfn, level=fault.goal_level)
+        trace_spte_requested(self.mmu, fault)
         while True:
             entry = spte_index(addr, page.key.level)
             if fault.nx_workaround:
@@ -202,10 +201,11 @@ class ShadowFaults:
     def _set_mmio(self, page: ShadowPage, entry: int, gfn: int, access: int, vcpu: Any) -> RetPf:
         fmt, dropped = self.mmu.fmt, self.mmu.fmt.is_present(page.read(page.at(entry)))
         generation = self.mmu.vm.memslots(page.key.as_id).generation
+        spte = make_mmio_spte(fmt, generation=generation, gfn=gfn, access=access)
         self.pages.drop(page, entry)
-        page.write(page.at(entry), make_mmio_spte(fmt, generation=generation, gfn=gfn, access=access))
+        page.write(page.at(entry), spte)
         self.mmu.stats.count_vcpu(vcpu.id, "pf_mmio_spte_created")
-        self.mmu.vm.trace("mark_mmio_spte", sptep=page.pfn, gfn=gfn, access=access & fmt.mmio_access, gen=generation)
+        trace_mmio_spte(self.mmu, page.pfn, gfn, spte)
         if dropped:
             self.mmu.vm.flush_remote_tlbs()
         return RetPf.EMULATE

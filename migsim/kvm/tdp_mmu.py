@@ -11,7 +11,7 @@ import enum
 from migsim.kvm.changed_spte import set_spte_atomic
 from migsim.kvm.levels import PageFault, disallowed_hugepage_adjust
 from migsim.kvm.make_spte import make_nonleaf_spte, make_split_spte, make_spte
-from migsim.kvm.mmio import make_mmio_spte
+from migsim.kvm.mmio import make_mmio_spte, mmio_generation
 from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.paging import Sptep
 from migsim.kvm.roots import Root
@@ -34,7 +34,7 @@ class RetPf(enum.IntEnum):
 
 def tdp_mmu_map(mmu: MmuState, root: Root, fault: PageFault) -> RetPf:
     """Install the mapping a fault asked for; RETRY if somebody else changed the path meanwhile."""
-    mmu.vm.trace("kvm_mmu_spte_requested", gfn=fault.gfn, pfn=fault.pfn, level=fault.goal_level)
+    trace_spte_requested(mmu, fault)
     with mmu.rcu.read():
         for it in for_each_tdp_pte(root, fault.gfn, fault.gfn + 1):
             if fault.nx_workaround:
@@ -127,7 +127,7 @@ def map_target_level(mmu: MmuState, fault: PageFault, it: TdpIter) -> RetPf:
     allowed = it.is_leaf and fmt.allows(old, write=fault.write, exec=fault.exec)
     if it.is_leaf and (fault.prefetch or allowed):
         return RetPf.SPURIOUS
-    wrprot, generation = False, 0
+    wrprot = False
     if slot is None:
         generation = mmu.vm.memslots(it.root.as_id).generation
         new = make_mmio_spte(fmt, generation=generation, gfn=fault.gfn)
@@ -147,7 +147,7 @@ def map_target_level(mmu: MmuState, fault: PageFault, it: TdpIter) -> RetPf:
         result = RetPf.WRITE_PROTECTED if mmu.vintage.write_protected else RetPf.EMULATE
     if slot is None:
         mmu.stats.count_vcpu(fault.vcpu.id, "pf_mmio_spte_created")
-        mmu.vm.trace("mark_mmio_spte", sptep=it.at.table_pfn, gfn=fault.gfn, access=ACC_ALL, gen=generation)
+        trace_mmio_spte(mmu, it.at.table_pfn, fault.gfn, new)
         return RetPf.EMULATE
     trace_set_spte(mmu, it.gfn, new, it.level)
     return result
@@ -188,6 +188,18 @@ def mark_made_writable(mmu: MmuState, fault: PageFault, spte: int, level: int) -
         return
     assert level == PG_LEVEL_4K, f"SPTE {spte:#018x} gfn {fault.gfn:#x} level {level}: huge and writable while logging"
     mmu.vm.mark_page_dirty_in_slot(slot, fault.gfn, fault.vcpu)
+
+
+def trace_spte_requested(mmu: MmuState, fault: PageFault) -> None:
+    """Tracepoint kvm_mmu_spte_requested: the frame of the very page, whatever the level."""
+    pfn = fault.pfn | fault.gfn & pages_per_level(fault.goal_level) - 1
+    mmu.vm.trace("kvm_mmu_spte_requested", gfn=fault.gfn, pfn=pfn, level=fault.goal_level)
+
+
+def trace_mmio_spte(mmu: MmuState, table_pfn: int, gfn: int, spte: int) -> None:
+    """Tracepoint mark_mmio_spte: `access` is the SPTE's lowest three bits, which EPT uses to misconfigure it."""
+    generation = mmio_generation(mmu.fmt, spte)
+    mmu.vm.trace("mark_mmio_spte", sptep=table_pfn, gfn=gfn, access=spte & ACC_ALL, gen=generation)
 
 
 def trace_set_spte(mmu: MmuState, gfn: int, spte: int, level: int) -> None:

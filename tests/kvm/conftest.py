@@ -18,7 +18,7 @@ PAGE = 4096
 
 
 class MmuGuest:
-    """A VM with slot 1 of `pages` pages at gfn `base`, backed by host pages of `level`."""
+    """A VM with slot 1 of `pages` pages at gfn `base`, backed by host pages of `level` from their `offset` on."""
 
     def __init__(
         self,
@@ -29,12 +29,13 @@ class MmuGuest:
         level: int = 2,
         vcpus: int = 1,
         vintage: Vintage | None = None,
+        offset: int = 0,
     ) -> None:
         self.vm = Vm(config or VmConfig(smm=False), bulk=False)
         if vintage is not None:
             self.vm.mmu = Mmu(self.vm, vintage)
         self.base, self.pages = base, pages
-        self.hva = self.vm.alloc_memory(-(-pages // 512) * 512 * PAGE, level)
+        self.hva = self.vm.alloc_memory(-(-(pages + offset) // 512) * 512 * PAGE, level) + offset * PAGE
         self.flags = 0
         self.set_slot(0)
         self.vcpus = [self.vm.create_vcpu(i) for i in range(vcpus)]

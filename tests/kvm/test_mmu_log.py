@@ -296,3 +296,20 @@ def test_recovery_gives_a_1g_page_back(mmu_guest) -> None:
     guest.log(False)
     assert guest.counts() == (0, 0, 1) and guest.root.n_tables[1] == guest.root.n_tables[2] == 0
     guest.close()
+
+
+def test_a_clear_of_two_neighbours_in_two_huge_pages_rearms_both(mmu_guest) -> None:
+    """In a slot with an odd base one word's bits may end with the first page of the next huge page."""
+    guest = mmu_guest(
+        VmConfig(smm=False, pml=False, eager_page_split=False), pages=2041, base=512 + 7, level=2, offset=7
+    )
+    guest.vm.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0, (3,))
+    guest.write(1023 + 512, 1024 + 512)
+    assert guest.spte(1535)[1] == guest.spte(1536)[1] == 2
+    guest.log()
+    guest.get()
+    guest.clear(1535, 1536)
+    assert {1535, 1536} & guest.get() == set()
+    guest.write(1536)
+    assert 1536 in guest.get()
+    guest.close()
