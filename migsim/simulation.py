@@ -18,7 +18,6 @@ from migsim.fused import FusedRam
 from migsim.host_costs import HostCosts
 from migsim.kvm.vm import TraceSink
 from migsim.meters import Meters, RoundRow
-from migsim.migration import mapped_ram, wire
 from migsim.migration.background_snapshot import SnapshotRam
 from migsim.migration.events import both_sides
 from migsim.migration.marked import between
@@ -29,6 +28,7 @@ from migsim.qemu_options import loop_options, wire_ram
 from migsim.quantities import in_words
 from migsim.result import DirtyRate, DowntimePart, Progress, Result, Round
 from migsim.scenario import Scenario, ScenarioError
+from migsim.sides import destination_told, file_told, host_memory, kvm_told
 from migsim.snapshot import snapshot_of, snapshot_ram, verified
 from migsim.units import CHUNK_PAGES, GIB, NS_PER_S, PAGE_SIZE, chunks_of
 from migsim.verdict import verdict_of
@@ -262,7 +262,7 @@ def _result(
         rounds=rounds,
         downtime=parts if converged else (),
         events=both_sides(loop.events, scenario.migration.capabilities),
-        kvm=_kvm(world),
+        kvm=kvm_told(world),
         host={
             "profile": host.profile.name,
             **meters.totals(),
@@ -270,59 +270,14 @@ def _result(
             "not-modelled": scenario.migration.not_modelled(),
             "clear-calls": ram.clear_calls,
             "rearmed-pages": ram.rearmed_pages + ram.harvested_pages,
-            "memory": _host_memory(world),
+            "memory": host_memory(world),
             **({"snapshot": snapshot.told()} if snapshot else {}),
         },
         verify=checked,
         vcpu_dirty_limit=tuple(loop.limited),
-        destination=_destination(scenario, meters) if converged else {},
-        file=_file(scenario, loop, costs) if converged and scenario.migration.to_file else {},
+        destination=destination_told(scenario, meters) if converged else {},
+        file=file_told(scenario, loop, costs) if converged and scenario.migration.to_file else {},
     )
-
-
-def _destination(scenario: Scenario, meters: Meters) -> dict[str, object]:
-    """query-migrate at the destination, where it says more than that it is there."""
-    if "postcopy-blocktime" not in scenario.migration.capabilities:
-        return {}
-    writing = max((w.vcpus or 1 for w in scenario.guest.workload if w.pages_per_s), default=0)
-    return {"status": "completed"} | meters.blocktime(writing)
-
-
-def _file(scenario: Scenario, loop: Precopy, costs: QemuCosts) -> dict[str, object]:
-    """What a migration left in its file; `written-bytes` is more where pages were written again."""
-    written = loop.stats.transferred
-    if not costs.mapped_ram:
-        return {"size-bytes": written, "written-bytes": written}
-    entry = wire.first_block_entry(costs.machine)
-    laid_out = mapped_ram.places(costs.blocks, entry)
-    bitmaps = sum(mapped_ram.bitmap_bytes(place.pages) for place in laid_out)
-    stream = written - loop.stats.normal_pages * PAGE_SIZE - bitmaps
-    return {
-        "size-bytes": mapped_ram.file_bytes(laid_out, entry, stream),
-        "written-bytes": written,
-        "blocks": [
-            {"idstr": at.idstr, "bitmap-offset": at.bitmap_offset, "pages-offset": at.pages_offset} for at in laid_out
-        ],
-    }
-
-
-def _kvm(world: World) -> dict[str, object]:
-    root = world.vm.mmu.root_of(world.vcpus[0])
-    tables = {f"tables-level-{level}": n for level, n in root.count_tables().items()}
-    return {**world.vm.stats_read(), **tables, "operations": dict(world.meter.totals)}
-
-
-def _host_memory(world: World) -> dict[str, int]:
-    """Bytes the real host would hold for this: page tables, rmaps, KVM's bitmaps (two halves), QEMU's copies."""
-    mmu = world.vm.mmu.memory()
-    bitmap = world.memory.pages // 8
-    return {
-        "page-tables-bytes": mmu["table-bytes"],
-        "rmap-bytes": mmu["rmap-bytes"],
-        "kvm-dirty-bitmap-bytes": 0 if world.scenario.kvm.dirty_ring_size else 2 * bitmap,
-        "kvm-dirty-ring-bytes": world.scenario.kvm.dirty_ring_size * 16 * len(world.vcpus),
-        "qemu-bitmap-bytes": 3 * bitmap,  # KVMSlot.dirty_bmap, the RAM list's, RAMBlock.bmap
-    }
 
 
 def _verify(world: World, ram: Ram, converged: bool) -> dict[str, object]:

@@ -18,7 +18,8 @@ KVM = GUEST | {"guest"}
 ENGINE = KVM | {"kvm", "migration", "perf", "scenario", "result", "quantities"}
 ASSEMBLY = {
     "fused", "fused_kernels", "fused_send", "fused_views", "world", "qemu_costs", "qemu_options",
-    "host_costs", "meters", "verdict", "expectation", "watch", "simulation", "dirty_rate", "ring_guest", "snapshot",
+    "host_costs", "meters", "verdict", "expectation", "watch", "simulation", "dirty_rate", "ring_guest",
+    "snapshot", "sides",
 }  # fmt: skip
 MAY: dict[str, set[str]] = {
     "units": set(),
