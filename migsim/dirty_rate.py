@@ -22,12 +22,12 @@ from migsim.migration.dirty_rate import dirty_bitmap_rate, dirty_ring_rates, pag
 from migsim.migration.dirty_rate_commands import SAMPLE_PAGES_DEFAULT, CalcDirtyRate
 from migsim.migration.loop_types import RoundLog
 from migsim.migration.ram import NO_LIMITS, PS_PER_NS, Ram, SaveCosts
+from migsim.planes import new_summary
 from migsim.qemu_costs import QemuCosts
 from migsim.result import DirtyRate
 from migsim.ring_guest import RingGuest
 from migsim.scenario import Scenario
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, MIB, NS_PER_MS, NS_PER_S, PAGE_SIZE
-from migsim.words import SUMMARY_WORDS
 from migsim.world import World
 
 __all__ = ["measure"]
@@ -130,7 +130,7 @@ def _hits(world: World, block: RamBlock) -> Iterator[tuple[int, NDArray[np.uint6
     """(chunk, its pages written since they were last looked at) of every chunk that may have any."""
     w = world.workload
     hits, scratch = np.zeros((2, CHUNK_WORDS), dtype=np.uint64)
-    summary = np.zeros(SUMMARY_WORDS, dtype=np.uint64)
+    summary = new_summary(CHUNK_PAGES)
     for chunk in range(block.chunks):
         unit, base = block.first_chunk + chunk, block.first_page + chunk * CHUNK_PAGES
         if draw_hits(

@@ -54,9 +54,9 @@ from migsim.migration.ram_kernels import (
     must_stop,
     next_dirty,
 )
-from migsim.planes import Flags, Plane, Words, summary_of_ones
+from migsim.planes import SUMMARY_WORDS, Flags, Plane, Words, new_summary, summarise, summary_of_ones
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, chunks_of
-from migsim.words import SUMMARY_WORDS, entry_of
+from migsim.words import entry_of, top_of
 
 NEVER_NS = 1 << 62
 
@@ -125,11 +125,12 @@ class FusedRam(Ram):
         self._kvm_slots, self._verify = kvm_slots, verify
         self._extents: list[list[Extent]] = []
         self._send_pages: Callable[..., tuple[int, int]] = send_pages
+        self._sync_chunks: Callable[..., int] = sync_chunks
         self._state = np.zeros(STATE_LEN, dtype=np.int64)  # of one call of save
         self._counts = np.zeros(COUNTS_LEN, dtype=np.int64)  # of one call of the kernel that sends
         self._costs_now: tuple[SaveCosts, Costs] | None = None
         self._open_chunks = {state.block.idstr: np.array([-1, 0]) for state in self.blocks}
-        self.scratch = [(_buffer(), _buffer()[:SUMMARY_WORDS], _buffer()) for _ in range(threads)]
+        self.scratch = [(_buffer(), new_summary(CHUNK_PAGES), _buffer()) for _ in range(threads)]
         self.lock = Lock()
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -150,12 +151,12 @@ class FusedRam(Ram):
         block, bmap = state.block, state.bmap
         truth = block.stale if verify else bmap
         known = Plane(pages, ones=True)  # nothing is known before the first GET; lazily full costs nothing to drop
-        sums = [np.zeros(chunks_of(pages) * SUMMARY_WORDS, dtype=np.uint64) for _ in range(2)]
-        _summarise(kvm.log, sums[0])
+        sums = [new_summary(pages) for _ in range(2)]
+        summarise(kvm.log.words, sums[0])
         truth_sum = summary_of_ones(block.pages) if verify else state.bmap_summary
         slot = SlotView(
             pages, first // CHUNK_PAGES, kvm.log.words, sums[0], kvm.log.full, kvm.leaves, kvm.tabled, kvm.reach,
-            known.words, sums[1], known.full, _flags(pages), _flags(pages), kvm.pml, kvm.fast_path, kvm.plain,
+            known.words, sums[1], known.full, _flags(pages), kvm.pml, kvm.fast_path, kvm.plain,
             kvm.silent, kvm.walks, self.lazy_clear,
         )  # fmt: skip
         view = BlockView(
@@ -182,6 +183,8 @@ class FusedRam(Ram):
                     slot.known[there : there + words] = block.bmap[here : here + words]
                     here, there = chunk * SUMMARY_WORDS, sc * SUMMARY_WORDS
                     slot.known_summary[there : there + SUMMARY_WORDS] = block.bmap_summary[here : here + SUMMARY_WORDS]
+                    top = block.bmap_summary[top_of(block.bmap_summary, chunk)]
+                    slot.known_summary[top_of(slot.known_summary, sc)] = top
                     slot.known_is_bmap[sc] = 0
         super().round_out(host_page)
 
@@ -227,7 +230,7 @@ class FusedRam(Ram):
         hits, summary, scratch = self.scratch[thread]
         while begin < end:
             begin = int(
-                sync_chunks(
+                self._sync_chunks(
                     begin, end, self.streams, extent.slot, extent.block, hits, summary, scratch, counts, results
                 )
             )
@@ -235,6 +238,8 @@ class FusedRam(Ram):
                 self._store_hits(extent, begin, hits, summary, counts)
                 harvest_chunk(begin, extent.slot, extent.block, results)
                 begin += 1
+        if self._sync_chunks is sync_chunks:
+            self._sync_chunks = entry_of(sync_chunks)
         return counts, results
 
     def _add(self, extent: Extent, counts: Ints, results: Ints) -> None:
@@ -254,8 +259,7 @@ class FusedRam(Ram):
         in_slot = chunk - extent.slot.offset
         with self.lock:  # the tables are everybody's
             extent.kvm.make_tables(in_slot, hits, counts)
-        pages = min(CHUNK_PAGES, extent.block.pages - chunk * CHUNK_PAGES)
-        assert store_chunk(in_slot, (pages + 4095) >> 12, extent.slot, hits, summary, counts), f"no tables in {chunk}"
+        assert store_chunk(in_slot, extent.slot, hits, summary, counts), f"no tables in {chunk}"
 
     def _reach_4k(self, extent: Extent, chunk: int) -> int:
         """What the CLEAR of a chunk is to do about huge pages before it re-arms; tables it made of them."""
@@ -378,12 +382,6 @@ def _flags(pages: int) -> Flags:
 
 def _buffer() -> Words:
     return np.zeros(CHUNK_WORDS, dtype=np.uint64)
-
-
-def _summarise(plane: Plane, summary: Words) -> None:
-    """Raise the summary's bit of every word that is not zero."""
-    for word in np.flatnonzero(plane.words).tolist():
-        summary[word >> 6] |= np.uint64(1 << (word & 63))
 
 
 def _results() -> Ints:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from migsim.fused_kernels import catch_up_chunk
 from migsim.fused_views import (
@@ -21,6 +20,7 @@ from migsim.fused_views import (
     SlotView,
     Streams,
 )
+from migsim.jit import kernel
 from migsim.kvm.bulk import FLUSHES, HOLDS, REARMED, WALKS, rearm
 from migsim.migration.ram_kernels import (
     ELAPSED_PS,
@@ -34,25 +34,28 @@ from migsim.migration.ram_kernels import (
     next_dirty,
     save_span,
 )
-from migsim.planes import Words
+from migsim.planes import SUMMARY_WORDS, Words
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS
 from migsim.words import (
     LOW6,
     ONE,
     ONES,
-    SUMMARY_WORDS,
     ZERO,
+    drop_summary,
     lowest_bit,
     popcount,
+    prefetch_words,
     raise_summary,
     settle_chunk,
     settle_summed,
     settle_zero,
+    tidy,
+    top_of,
     zero_chunk,
 )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def taken_words(sc: int, chunk: int, slot: SlotView, block: BlockView, taken: Words) -> None:
     """The bits that a CLEAR of the chunk with what the last GET showed will take, into `taken`."""
     settle_summed(slot.log, slot.log_full, slot.log_summary, sc, slot.pages)
@@ -66,11 +69,13 @@ def taken_words(sc: int, chunk: int, slot: SlotView, block: BlockView, taken: Wo
         taken[i] = mask[m0 + i] & slot.log[sc * CHUNK_WORDS + i]
 
 
-@njit(cache=True, nogil=True)
-def _words_taken(mask: Words, mask_summary: Words, m0: int, log: Words, w0: int, groups: int) -> int:
+@kernel
+def _words_taken(mask: Words, mask_summary: Words, m0: int, log: Words, w0: int) -> int:
     """How many words of the log a CLEAR with `mask` takes bits from."""
-    taken = 0
-    for g in range(groups):
+    taken, groups = 0, mask_summary[top_of(mask_summary, m0 >> 12)]
+    while groups != ZERO:
+        g = lowest_bit(groups)
+        groups &= groups - ONE
         left = mask_summary[(m0 >> 6) + g]
         while left != ZERO:
             i = (g << 6) + lowest_bit(left)
@@ -79,19 +84,43 @@ def _words_taken(mask: Words, mask_summary: Words, m0: int, log: Words, w0: int,
     return taken
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def _expect(chunk: int, slot: SlotView, block: BlockView) -> None:
+    """Ask for the words that the CLEAR and the sending of a chunk will touch."""
+    top, s0, w0 = top_of(block.bmap_summary, chunk), chunk * SUMMARY_WORDS, chunk * CHUNK_WORDS
+    groups, in_slot = block.bmap_summary[top], (chunk - slot.offset) * CHUNK_WORDS
+    prefetch_words(block.bmap_summary, s0, groups, block.bmap, w0, block.stale, w0)
+    protection = slot.leaves.dirty if slot.pml else slot.leaves.writable
+    prefetch_words(block.bmap_summary, s0, groups, slot.log, in_slot, protection, in_slot)
+
+
+@kernel
+def _forget_known(sc: int, slot: SlotView) -> None:
+    """Zero the words of `known` that may not be."""
+    groups = slot.known_summary[top_of(slot.known_summary, sc)]
+    while groups != ZERO:
+        g = sc * SUMMARY_WORDS + lowest_bit(groups)
+        groups &= groups - ONE
+        left = slot.known_summary[g]
+        while left != ZERO:
+            slot.known[(g << 6) + lowest_bit(left)] = ZERO
+            left &= left - ONE
+    drop_summary(slot.known_summary, sc)
+
+
+@kernel
 def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, counts: Ints, results: Ints) -> int:
     """CLEAR of one chunk with what the last GET showed; what it cost in ps."""
     sc = chunk - slot.offset
     pages = min(CHUNK_PAGES, slot.pages - sc * CHUNK_PAGES)
-    w0, groups = sc * CHUNK_WORDS, (pages + 4095) >> 12
+    w0 = sc * CHUNK_WORDS
     counts[HOLDS] += 1
     if slot.known_full[sc] and slot.log_full[sc]:
         counts[WALKS] += 2 * ((pages + 63) >> 6) if slot.walks else 0
         counts[FLUSHES] += 1
         zero_chunk(slot.log, slot.log_full, sc)
-        for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
-            slot.log_summary[g] = slot.known_summary[g] = ZERO
+        drop_summary(slot.log_summary, sc)
+        drop_summary(slot.known_summary, sc)
         if slot.pml:
             settle_zero(slot.leaves.dirty, slot.leaves.dirty_full, sc)
         else:
@@ -107,23 +136,19 @@ def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, cou
             settle_chunk(slot.leaves.writable, slot.leaves.writable_full, sc, slot.pages)
         protection = slot.leaves.dirty if slot.pml else slot.leaves.writable
         if slot.walks and slot.known_is_bmap[sc]:
-            counts[WALKS] += 2 * _words_taken(block.bmap, block.bmap_summary, chunk * CHUNK_WORDS, slot.log, w0, groups)
+            counts[WALKS] += 2 * _words_taken(block.bmap, block.bmap_summary, chunk * CHUNK_WORDS, slot.log, w0)
         elif slot.walks:
             settle_summed(slot.known, slot.known_full, slot.known_summary, sc, slot.pages)
-            counts[WALKS] += 2 * _words_taken(slot.known, slot.known_summary, w0, slot.log, w0, groups)
+            counts[WALKS] += 2 * _words_taken(slot.known, slot.known_summary, w0, slot.log, w0)
         if slot.known_is_bmap[sc]:
             count = rearm(
-                block.bmap, block.bmap_summary, chunk * CHUNK_WORDS, slot.log, protection, w0, groups, counts
+                block.bmap, block.bmap_summary, chunk * CHUNK_WORDS, slot.log, protection, w0, 1, counts
             )
         else:
             settle_summed(slot.known, slot.known_full, slot.known_summary, sc, slot.pages)
-            count = rearm(slot.known, slot.known_summary, w0, slot.log, protection, w0, groups, counts)
-            for g in range(sc * SUMMARY_WORDS, (sc + 1) * SUMMARY_WORDS):
-                left = slot.known_summary[g]
-                slot.known_summary[g] = ZERO
-                while left != ZERO:
-                    slot.known[(g << 6) + lowest_bit(left)] = ZERO
-                    left &= left - ONE
+            count = rearm(slot.known, slot.known_summary, w0, slot.log, protection, w0, 1, counts)
+            _forget_known(sc, slot)
+        tidy(slot.log, slot.log_summary, sc)
     slot.known_is_bmap[sc] = 0
     slot.reach[sc] = slot.reach[sc] != 0
     results[REARMED_PAGES] += count
@@ -137,7 +162,7 @@ def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, cou
     return cost_ps
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _leaves(slot: SlotView, sc: int, pages: int) -> int:
     """4K leaves of a chunk."""
     if slot.leaves.present_full[sc]:
@@ -152,17 +177,17 @@ def _leaves(slot: SlotView, sc: int, pages: int) -> int:
 # left of it is known by one number. `block.open` holds (chunk, first page of it not sent yet), or -1.
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def close_chunk(block: BlockView) -> None:
     """Write what is left of the open chunk into the planes: somebody else will look."""
     chunk, at = block.open[0], block.open[1]
     if chunk < 0:
         return
     block.open[0] = -1
-    w0, s0, first = chunk * CHUNK_WORDS, chunk * SUMMARY_WORDS, at >> 6
+    w0, first = chunk * CHUNK_WORDS, at >> 6
     block.bmap_full[chunk] = block.stale_full[chunk] = 0
-    for g in range(s0, s0 + SUMMARY_WORDS):
-        block.bmap_summary[g] = block.stale_summary[g] = ZERO
+    drop_summary(block.bmap_summary, chunk)
+    drop_summary(block.stale_summary, chunk)
     raise_summary(block.bmap_summary, w0 + first, w0 + CHUNK_WORDS)
     raise_summary(block.stale_summary, w0 + first, w0 + CHUNK_WORDS)
     for i in range(w0, w0 + first):
@@ -172,7 +197,7 @@ def close_chunk(block: BlockView) -> None:
         block.bmap[i] = block.stale[i] = ONES
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _whole_words(at: int, byte_limit: int, time_limit_ps: int, costs: Costs, state: Ints) -> int:
     """How many words from `at` on go out whole, one after the other, before a limit could stop one: by division.
 
@@ -188,7 +213,7 @@ def _whole_words(at: int, byte_limit: int, time_limit_ps: int, costs: Costs, sta
     return int(min(words, by_time // max(costs.word_ps + 64 * costs.normal_ps, 1) + 1))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def send_open(
     byte_limit: int, time_limit_ps: int, block: BlockView, costs: Costs, state: Ints
 ) -> tuple[int, int]:
@@ -222,12 +247,12 @@ def send_open(
         at += count
     block.open[0] = -1
     block.bmap_full[chunk] = block.stale_full[chunk] = 0
-    for g in range(chunk * SUMMARY_WORDS, (chunk + 1) * SUMMARY_WORDS):
-        block.bmap_summary[g] = block.stale_summary[g] = ZERO
+    drop_summary(block.bmap_summary, chunk)
+    drop_summary(block.stale_summary, chunk)
     return base + CHUNK_PAGES, END_OF_SPAN
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel
 def _count_page(state: Ints, costs: Costs, pages: int) -> None:
     state[TURNS] += pages
     state[USED] += pages * costs.normal_bytes
@@ -236,7 +261,7 @@ def _count_page(state: Ints, costs: Costs, pages: int) -> None:
     state[WAS_STALE] += pages
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def send_pages(
     page: int, end: int, start_ns: int, change_ns: int, byte_limit: int, time_limit_ps: int, streams: Streams,
     slot: SlotView, block: BlockView, costs: Costs, hits: Words, summary: Words, scratch: Words, state: Ints,
@@ -272,6 +297,8 @@ def send_pages(
             if slot.reach[chunk - slot.offset] == 1:
                 return page, NEED_4K
             block.clear_bmap[chunk] = 0
+            if chunk + 1 < (end + CHUNK_PAGES - 1) // CHUNK_PAGES:
+                _expect(chunk + 1, slot, block)
             state[ELAPSED_PS] += _clear_chunk(chunk, slot, block, costs, counts, results)
         has_zero = block.zero_any[chunk] != 0
         virgin = block.bmap_full[chunk] == 2 and block.stale_full[chunk] == 2
@@ -289,4 +316,5 @@ def send_pages(
         )  # fmt: skip
         if why != END_OF_SPAN:
             return page, why
+        tidy(block.stale, block.stale_summary, chunk)
     return end, END_OF_SPAN

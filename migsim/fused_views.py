@@ -50,7 +50,6 @@ class SlotView(NamedTuple):
     known_summary: Words
     known_full: Flags
     known_is_bmap: Flags  # the last GET of the chunk equals the block's bitmap, so `known` was not written
-    quiet: Flags  # nothing of the chunk is marked anywhere, and nothing differs
     pml: bool
     fast_path: bool  # the MMU repairs write protection without the slow path
     plain: bool  # it does, and may so for every leaf

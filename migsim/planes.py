@@ -196,11 +196,39 @@ def _fill_words(words: Words, first: int, end: int, value: bool) -> None:
     words[first_word + 1 : last_word] = ALL_ONES if value else np.uint64(0)
 
 
+SUMMARY_WORDS = CHUNK_WORDS // WORD_BITS  # groups of a chunk: words of its summary, and bits of its top
+
+
+def new_summary(n_pages: int) -> Words:
+    """The summary (see migsim.words) of a plane of `n_pages` that is all zero.
+
+    uint64[chunks * 65]: a bit for each word of the plane, in groups of 64; then a word a chunk, its top: a bit a group.
+    """
+    return np.zeros(chunks_of(n_pages) * (SUMMARY_WORDS + 1), dtype=np.uint64)
+
+
+def summarise(words: Words, summary: Words) -> None:
+    """Make `summary` that of the plane `words`, exactly."""
+    groups = len(summary) // (SUMMARY_WORDS + 1) * SUMMARY_WORDS
+    summary[:] = 0
+    for lower, first, count in ((words, 0, groups), (summary[:groups], groups, len(summary) - groups)):
+        marks = np.packbits(lower != 0, bitorder="little")
+        summary[first : first + count].view(np.uint8)[: len(marks)] = marks
+
+
+def raise_words(summary: Words, numbers: NDArray[np.intp]) -> None:
+    """Say of these words that they may be non-zero, in groups and tops."""
+    tops = len(summary) // (SUMMARY_WORDS + 1) * SUMMARY_WORDS
+    for at, first in ((numbers, 0), (np.unique(numbers >> 6), tops)):
+        np.bitwise_or.at(summary, first + (at >> 6), np.uint64(1) << (at & 63).astype(np.uint64))
+
+
 def summary_of_ones(n_pages: int) -> Words:
-    """The summary (see migsim.words) of a plane of `n_pages` whose every word may be non-zero; no bit beyond them."""
-    n_words = words_of(n_pages)
-    summary = np.zeros(chunks_of(n_pages) * CHUNK_WORDS // WORD_BITS, dtype=np.uint64)
-    summary[: n_words // WORD_BITS] = ALL_ONES
-    if n_words % WORD_BITS:
-        summary[n_words // WORD_BITS] = tail_mask(n_words)
+    """The summary of a plane of `n_pages` whose every word may be non-zero; no bit beyond them."""
+    summary = new_summary(n_pages)
+    groups = chunks_of(n_pages) * SUMMARY_WORDS
+    for bits, first in ((words_of(n_pages), 0), (-(-words_of(n_pages) // WORD_BITS), groups)):
+        summary[first : first + bits // WORD_BITS] = ALL_ONES
+        if bits % WORD_BITS:
+            summary[first + bits // WORD_BITS] = tail_mask(bits)
     return summary

@@ -28,6 +28,7 @@ from migsim.migration.policies.auto_converge import ThrottleTimer, cycle_of
 from migsim.migration.policies.dirty_limit import throttled_rate
 from migsim.migration.policies.protocol import VcpuDirtyRate
 from migsim.migration.zero_pages import rule_of
+from migsim.planes import new_summary
 from migsim.qemu_costs import QemuCosts
 from migsim.scenario import Guest, Scenario
 from migsim.scenario import Workload as WorkloadConfig
@@ -35,7 +36,6 @@ from migsim.scenario.host import Storage
 from migsim.sim.meter import CountingMeter
 from migsim.sim.prng import stream_key
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, NS_PER_S, PAGE_SHIFT, PAGE_SIZE
-from migsim.words import SUMMARY_WORDS
 
 MANUAL_PROTECT = {"off": 0, "enable": 1, "initially-set": 3}
 LEVELS = {"4K": 1, "2M": 2, "1G": 3}
@@ -123,7 +123,7 @@ class World:
         self.before_stop_or_resume: Callable[[int], None] = lambda now_ns: None
         self.pages_asked_for: Callable[[], int] = lambda: 0
         self._buffers = np.zeros((2, CHUNK_WORDS), dtype=np.uint64)
-        self._summary = np.zeros(SUMMARY_WORDS, dtype=np.uint64)
+        self._summary = new_summary(CHUNK_PAGES)
         self._by_slot = {of.slot.id: of for of in self.slots}
         if not bulk:
             self.vm.observer = self._observe

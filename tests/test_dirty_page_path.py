@@ -72,7 +72,7 @@ def test_one_dirty_page_passes_every_station() -> None:
     w = Workload([Stream(SEQUENTIAL, 0, PAGES, 1e9)], 1, 0)
     w.clock[0] = w.seen[0, 0] = GFN
     w.advance(1)
-    hits, scratch, summary = (np.zeros(n, dtype=np.uint64) for n in (1, 1, 1))
+    hits, scratch, summary = (np.zeros(n, dtype=np.uint64) for n in (1, 1, 65))
     assert draw_hits(
         hits, summary, scratch, 0, PAGES, 0, w.law, w.first, w.end, w.clock, w.seen[0], w.visits, w.seed_key
     )

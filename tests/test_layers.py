@@ -11,7 +11,7 @@ import migsim
 ROOT = Path(migsim.__file__).parent
 
 # Part -> what it may import of migsim besides itself. A part is a module or a folder below migsim/.
-BOTTOM = {"units", "planes", "words"}
+BOTTOM = {"units", "planes", "words", "jit"}
 GUEST = BOTTOM | {"sim"}
 TYPES = {"units", "quantities", "scenario", "result"}
 KVM = GUEST | {"guest"}
@@ -25,7 +25,8 @@ MAY: dict[str, set[str]] = {
     "units": set(),
     "quantities": {"units"},
     "planes": {"units"},
-    "words": {"units", "planes"},
+    "jit": set(),
+    "words": {"units", "planes", "jit"},
     "sim": BOTTOM,
     "guest": GUEST,
     "kvm": KVM,

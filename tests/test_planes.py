@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from migsim.planes import Plane, summary_of_ones
-from migsim.units import CHUNK_PAGES, words_of
+from migsim.planes import Plane, new_summary, summarise, summary_of_ones
+from migsim.units import CHUNK_PAGES, chunks_of, words_of
 
 N = CHUNK_PAGES + 100
 
@@ -67,6 +67,9 @@ TestPlaneIsASet.settings = settings(max_examples=25, stateful_step_count=20, dea
 
 def test_a_summary_of_ones_names_every_word_and_none_beyond() -> None:
     for n in (1, 64, 4096, 4097, 30 * 256, N):
-        summary = summary_of_ones(n)
-        assert int(np.bitwise_count(summary).sum()) == words_of(n)
-        assert (words_of(n) - 1) >> 6 < len(summary)
+        exact = new_summary(n)
+        summarise(np.ones(words_of(n), dtype=np.uint64), exact)
+        assert np.array_equal(summary_of_ones(n), exact)
+        groups = chunks_of(n) * 64
+        assert int(np.bitwise_count(exact[:groups]).sum()) == words_of(n)
+        assert int(np.bitwise_count(exact[groups:]).sum()) == -(-words_of(n) // 64)

@@ -21,8 +21,8 @@ from migsim.kvm.populate import populate
 from migsim.kvm.uapi import KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY_PAGES
 from migsim.kvm.vcpu import Vcpu
 from migsim.kvm.vm import Vm
-from migsim.planes import ALL_ONES, Words
-from migsim.units import CHUNK_WORDS, GIB, MIB, PAGE_SIZE, WORD_BITS
+from migsim.planes import ALL_ONES, Words, summary_of_ones
+from migsim.units import CHUNK_WORDS, GIB, MIB, PAGE_SIZE, WORD_BITS, chunks_of
 
 __all__ = ["measure_dense_clear", "measure_kvm_clear"]
 
@@ -41,7 +41,7 @@ def measure_dense_clear(*, quick: bool) -> dict[str, Measured | str]:
     """
     pages = (512 if quick else 4096) * GIB // PAGE_SIZE
     mask, log, protection = (np.full(pages // WORD_BITS, ALL_ONES) for _ in range(3))
-    summary = np.full(pages // WORD_BITS // 64, ALL_ONES)
+    summary = summary_of_ones(pages)
     source = np.ones(5 * mask.nbytes // 2, dtype=np.uint8)  # not zeros: those would all be the one zero page
     target = np.full_like(source, 2)
 
@@ -49,7 +49,7 @@ def measure_dense_clear(*, quick: bool) -> dict[str, Measured | str]:
         log.fill(ALL_ONES)
         protection.fill(ALL_ONES)
         counts = np.zeros(COUNTS_LEN, dtype=np.int64)
-        took = timed_ns(lambda: rearm(mask, summary, 0, log, protection, 0, len(summary), counts))
+        took = timed_ns(lambda: rearm(mask, summary, 0, log, protection, 0, chunks_of(pages), counts))
         assert counts[REARMED] == pages and not log.any() and not protection.any()
         return took
 
@@ -97,12 +97,12 @@ def measure_kvm_clear(*, quick: bool) -> dict[str, Measured | str]:
 def _fused_clear(pages: int) -> Callable[[], float]:
     """The same work as the fused loops of a 12 TiB run do it: CLEAR's word kernel, chunk by chunk."""
     mask, log, protection = (np.full(pages // WORD_BITS, ALL_ONES) for _ in range(3))
-    summary = np.full(pages // WORD_BITS // 64, ALL_ONES)
+    summary = summary_of_ones(pages)
     counts = np.zeros(COUNTS_LEN, dtype=np.int64)
 
     def clear_all() -> None:
         for w0 in range(0, len(mask), CHUNK_WORDS):
-            rearm(mask, summary, w0, log, protection, w0, min(CHUNK_WORDS, len(mask) - w0) // 64, counts)
+            rearm(mask, summary, w0, log, protection, w0, 1, counts)
 
     def timed() -> float:
         log.fill(ALL_ONES)

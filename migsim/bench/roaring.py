@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from migsim.bench.source import Source
 from migsim.bench.table import Measured, Missing
 from migsim.bench.timing import interleaved, median_ratio, timed_ns
-from migsim.planes import Words
+from migsim.planes import Words, summarise
 from migsim.units import GIB, PAGE_SIZE
 
 __all__ = ["measure_pyroaring"]
@@ -53,9 +53,9 @@ def _race(
     """Both on the same pair of sets, in turns; ns."""
     log, bmap = (_random(rng, source.pages, density) for _ in range(2))
     sets = [bitmap(np.flatnonzero(pages_set).astype(np.uint32)) for pages_set in (log, bmap)]
-    words = [_packed(log), _packed(bmap)]
+    here = Sets(source, _packed(log), _packed(bmap))
     del log, bmap
-    rivals = {"migsim": partial(_sync_ns, source, *words), "pyroaring": partial(_roaring_ns, *sets)}
+    rivals = {"migsim": partial(_sync_ns, here), "pyroaring": partial(_roaring_ns, *sets)}
     agreed = {name: step()[1] for name, step in rivals.items()}
     assert len(set(agreed.values())) == 1, f"new pages at density {density}: {agreed}"
     return interleaved({name: partial(_first, step) for name, step in rivals.items()}, turns=turns)
@@ -76,33 +76,46 @@ def _packed(pages_set: NDArray[np.bool_]) -> Words:
     return np.packbits(pages_set, bitorder="little").view(np.uint64)
 
 
-def _sync_ns(source: Source, log: Words, bmap: Words) -> tuple[int, int]:
+class Sets:
+    """The two sets as the guest's planes hold them. `renew` writes those words that a sync may have left otherwise.
+
+    Only those: pyroaring's sets are copied just before they are timed, too, and no larger than what is set in them.
+    """
+
+    def __init__(self, source: Source, log: Words, bmap: Words) -> None:
+        self.source = source
+        self.parts: list[tuple[Words, NDArray[np.intp], Words]] = []  # a plane or summary, where in it, what
+        base = 0
+        for side in source.ram.extents:
+            block = side[0].block
+            marked = np.zeros_like(block.bmap)
+            for at in side:
+                n = (at.slot.pages + 63) >> 6
+                self._put(at.slot.log, at.slot.log_summary, log[base : base + n], np.zeros(0, dtype=np.uint64))
+                marked[at.first >> 6 : (at.first >> 6) + n] = bmap[base : base + n]
+                at.slot.log_full[:] = 0
+                base += n
+            logged = np.concatenate([at.slot.log for at in side])
+            self._put(block.bmap, block.bmap_summary, marked, logged)
+            block.bmap_full[:] = 0
+
+    def _put(self, plane: Words, summary: Words, words: Words, also: Words) -> None:
+        plane[:] = words
+        summarise(words, summary)
+        touched = np.flatnonzero(words | also) if len(also) else np.flatnonzero(words)
+        self.parts += [(plane, touched, words[touched]), (summary, np.arange(len(summary)), summary.copy())]
+
+    def renew(self) -> None:
+        """Back to the two sets."""
+        for plane, where, what in self.parts:
+            plane[where] = what
+
+
+def _sync_ns(sets: Sets) -> tuple[int, int]:
     """One sync of the guest with these sets in KVM's log and QEMU's bitmap; (ns, new pages)."""
     found: list[int] = []
-    base = 0
-    for side in source.ram.extents:
-        for at in side:
-            here = slice(at.first >> 6, (at.end + 63) >> 6)
-            n = here.stop - here.start
-            _put(log[base : base + n], at.slot.log, at.slot.log_summary, slice(0, n))
-            _put(bmap[base : base + n], at.block.bmap, at.block.bmap_summary, here)
-            at.slot.log_full[:] = 0
-            hints = getattr(at.slot, "quiet", None)  # "nothing is set here": no longer true
-            if hints is not None:
-                hints[:] = 0
-            base += n
-        side[0].block.bmap_full[:] = 0
-    return timed_ns(lambda: found.append(source.ram.sync())), found[0]
-
-
-def _put(words: Words, plane: Words, summary: Words, where: slice) -> None:
-    """Words into a plane, and its summary; `where` starts on a chunk."""
-    plane[where] = words
-    marks = np.packbits(words != 0, bitorder="little")
-    padded = np.zeros(-(-len(marks) // 8) * 8, dtype=np.uint8)
-    padded[: len(marks)] = marks
-    first = where.start >> 6
-    summary[first : first + len(padded) // 8] = padded.view(np.uint64)
+    sets.renew()
+    return timed_ns(lambda: found.append(sets.source.ram.sync())), found[0]
 
 
 def _roaring_ns(log: Any, bmap: Any) -> tuple[int, int]:

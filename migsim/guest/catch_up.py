@@ -9,21 +9,21 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from migsim.guest import draw
 from migsim.guest.draw import chunk_key, draw_sweep, draw_uniform
 from migsim.guest.workload import SEQUENTIAL
-from migsim.planes import Words
+from migsim.jit import kernel
+from migsim.planes import SUMMARY_WORDS, Words
 from migsim.sim.prng import derived
-from migsim.words import ONE, ONES, ZERO, lowest_bit, ones_run
+from migsim.words import ONE, ZERO, bits_from, dense_run, lowest_bit, top_of
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def draw_hits(
     hits: Words,
     summary: Words,
@@ -41,7 +41,7 @@ def draw_hits(
 ) -> bool:
     """Draw the writes that fell into a unit since its `seen` clocks; advance `seen`; True if there may be any.
 
-    `hits`, `scratch`: uint64[>= ceil(pages / 64)], `summary` of `hits`: uint64[>= 64]; `hits` is cleared first, where
+    `hits`, `scratch`: uint64[>= ceil(pages / 64)], `summary` of `hits`: uint64[65]; `hits` is cleared first, where
     its summary says there is something. `clock`: float64[S] of this moment;
     `seen`: float64[S], this unit's row. Deterministic in (seed key, stream, unit, visit).
     """
@@ -68,53 +68,64 @@ def draw_hits(
     return any_hit
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _wipe(hits: Words, summary: Words) -> None:
     """Clear the words the summary knows of, and the summary."""
-    for g in range(len(summary)):
+    groups = summary[SUMMARY_WORDS]
+    summary[SUMMARY_WORDS] = ZERO
+    while groups != ZERO:
+        g = lowest_bit(groups)
+        groups &= groups - ONE
         left = summary[g]
+        summary[g] = ZERO
         while left != ZERO:
             hits[(g << 6) + lowest_bit(left)] = ZERO
             left &= left - ONE
-        summary[g] = ZERO
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _or_words(into: Words, words: Words) -> None:
-    for i in range(len(words)):
+    for i in range(min(len(into), len(words))):
         into[i] |= words[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def write_words(
-    hits: Words, summary: Words, stale: Words, stale_summary: Words, zero: Words, has_zero: bool, w0: int, groups: int
+    hits: Words, summary: Words, stale: Words, stale_summary: Words, zero: Words, has_zero: bool, w0: int
 ) -> None:
     """The ground truth of stores to the pages of `hits` (GuestMemory.write, 64 pages at a time; words settled).
 
-    `w0`: the first word in the planes; `groups`: 64-word groups of `hits`.
+    `w0`: the chunk's first word in the planes.
     """
-    g = 0
-    while g < groups:
-        run = ones_run(summary, g, groups)
-        _or_words(stale[w0 + (g << 6) : w0 + (run << 6)], hits[g << 6 : run << 6])
-        for full in range(g, run):
-            stale_summary[(w0 >> 6) + full] = ONES
-        if run < groups:
-            left = summary[run]
-            stale_summary[(w0 >> 6) + run] |= left
-            while left != ZERO:
-                i = (run << 6) + lowest_bit(left)
-                stale[w0 + i] |= hits[i]
-                left &= left - ONE
-        g = run + 1
+    groups, s0 = summary[SUMMARY_WORDS], w0 >> 6
+    stale_summary[top_of(stale_summary, w0 >> 12)] |= groups
+    while groups != ZERO:
+        g = lowest_bit(groups)
+        run = dense_run(summary, g, SUMMARY_WORDS)
+        if run > g:
+            _or_words(stale[w0 + (g << 6) : w0 + (run << 6)], hits[g << 6 : run << 6])
+            for full in range(g, run):
+                stale_summary[s0 + full] |= summary[full]
+            groups &= bits_from(run)
+            continue
+        groups &= groups - ONE
+        left = summary[g]
+        stale_summary[s0 + g] |= left
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
+            stale[w0 + i] |= hits[i]
+            left &= left - ONE
     if has_zero:
-        clear_zero(hits, summary, zero, w0, groups)
+        clear_zero(hits, summary, zero, w0)
 
 
-@njit(cache=True, nogil=True)
-def clear_zero(hits: Words, summary: Words, zero: Words, w0: int, groups: int) -> None:
+@kernel
+def clear_zero(hits: Words, summary: Words, zero: Words, w0: int) -> None:
     """A page written is no longer known to be zero."""
-    for g in range(groups):
+    groups = summary[SUMMARY_WORDS]
+    while groups != ZERO:
+        g = lowest_bit(groups)
+        groups &= groups - ONE
         left = summary[g]
         while left != ZERO:
             i = (g << 6) + lowest_bit(left)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
-from migsim.planes import Words
+from migsim.jit import kernel
+from migsim.planes import SUMMARY_WORDS, Words
 from migsim.sim import prng
 from migsim.words import raise_summary
 
@@ -33,7 +33,7 @@ SPARSE_SALT = 0x5BA75E  # the chain and the skipping draw from different keys
 _SALT = np.uint64(prng.mix(SPARSE_SALT))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel
 def mix64(value: np.uint64) -> np.uint64:
     """SplitMix64's finaliser on uint64 (see sim.prng.mix)."""
     value = (value ^ (value >> _S30)) * _MIX_1
@@ -41,7 +41,7 @@ def mix64(value: np.uint64) -> np.uint64:
     return value ^ (value >> _S31)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def chunk_key(seed_key: np.uint64, stream: int, chunk: int, visit: int) -> np.uint64:
     """sim.prng.stream_key continued by (stream, chunk, visit) from an already mixed seed key."""
     key = mix64(seed_key + np.uint64(stream + 1) * _GOLDEN)
@@ -49,7 +49,7 @@ def chunk_key(seed_key: np.uint64, stream: int, chunk: int, visit: int) -> np.ui
     return mix64(key + np.uint64(visit + 1) * _GOLDEN)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _set_range(out: Words, first: int, end: int) -> None:
     """OR ones into bits [first, end) of `out`."""
     if end <= first:
@@ -66,29 +66,29 @@ def _set_range(out: Words, first: int, end: int) -> None:
     out[w1] |= high
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _skip(out: Words, summary: Words, first: int, end: int, p: float, key: np.uint64) -> None:
     """OR each bit of [first, end) with probability p, by geometric skipping."""
     scale = 1.0 / math.log1p(-p)
     key ^= _SALT
     counter = _GOLDEN
-    at = first
-    while True:
+    at, top = first, _ZERO
+    while at < end:
         u = (np.float64(mix64(key + counter) >> _S11) + 0.5) * 1.1102230246251565e-16
         gap = math.log(u) * scale
         if gap >= end - at:
-            return
+            break
         at += int(gap)
         word = at >> 6
         out[word] |= _ONE << (np.uint64(at) & _LOW6)
         summary[word >> 6] |= _ONE << (np.uint64(word) & _LOW6)
+        top |= _ONE << (np.uint64(word >> 6) & _LOW6)
         at += 1
-        if at >= end:
-            return
         counter += _GOLDEN
+    summary[SUMMARY_WORDS] |= top
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _chain(out: Words, w0: int, w1: int, digits: int, key: np.uint64) -> None:
     """OR into words [w0, w1) bits of probability digits / 2**12: one random word a binary digit, no branches."""
     d0, d1, d2 = _ZERO - np.uint64(digits & 1), _ZERO - np.uint64(digits >> 1 & 1), _ZERO - np.uint64(digits >> 2 & 1)
@@ -139,14 +139,14 @@ def _chain(out: Words, w0: int, w1: int, digits: int, key: np.uint64) -> None:
         part[i] |= acc
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def draw_uniform(
     out: Words, summary: Words, scratch: Words, first: int, end: int, p: float, key: np.uint64
 ) -> None:
     """OR each bit of [first, end) of `out` with probability p, independently.
 
     `out`, `scratch`: uint64[>= ceil(end / 64)]; `scratch` is overwritten when the ends are not word-aligned.
-    `summary`: uint64, of the words of `out` (see migsim.words).
+    `summary`: uint64[65], of the words of `out`, which are one chunk's (see migsim.words).
     """
     if p <= 0.0 or end <= first:
         return
@@ -174,14 +174,14 @@ def draw_uniform(
         _skip(out, summary, first, end, rest, key)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sweep_range(out: Words, summary: Words, first: int, end: int) -> None:
     if end > first:
         _set_range(out, first, end)
         raise_summary(summary, first >> 6, (end + 63) >> 6)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def draw_sweep(
     out: Words, summary: Words, base: int, pages: int, first: int, end: int, start: float, stop: float
 ) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from migsim.planes import Flags, Words
+from migsim.jit import kernel
+from migsim.planes import SUMMARY_WORDS, Flags, Words
 from migsim.units import CHUNK_WORDS
-from migsim.words import LOW6, ONE, ONES, ZERO, lowest_bit, ones_run, popcount
+from migsim.words import ONE, ONES, ZERO, bits_from, dense_run, lowest_bit, popcount, raise_word, top_of
 
 Ints = NDArray[np.int64]
 
@@ -46,7 +46,7 @@ class Leaves(NamedTuple):
     locked_full: Flags
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel
 def _store_word(hit: np.uint64, log: Words, writable: Words, i: int) -> np.uint64:
     """A store to the pages of `hit` under write protection; the pages that faulted."""
     w = writable[i]
@@ -56,11 +56,11 @@ def _store_word(hit: np.uint64, log: Words, writable: Words, i: int) -> np.uint6
     return popcount(fault)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _store_run(hits: Words, log: Words, writable: Words) -> np.uint64:
     """_store_word over whole arrays, as vector code."""
     fast = ZERO
-    for i in range(len(hits)):
+    for i in range(min(len(hits), len(log))):
         hit, w = hits[i], writable[i]
         fault = hit & ~w
         writable[i] = w | hit
@@ -69,38 +69,41 @@ def _store_run(hits: Words, log: Words, writable: Words) -> np.uint64:
     return fast
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def store_mapped(
-    hits: Words, summary: Words, log: Words, log_summary: Words, writable: Words, w0: int, groups: int, counts: Ints
+    hits: Words, summary: Words, log: Words, log_summary: Words, writable: Words, w0: int, counts: Ints
 ) -> None:
     """Guest stores to the pages of `hits` in a slot logged by write protection.
 
     A store to a page without W takes the fast page fault: W is set and the page is marked. One to a page with W goes
     through silently: it is marked already (kvm.md 3.5). D of these leaves is set since they were made. `summary` of
-    `hits`, `log_summary` of `log`; `w0`: the first word in the planes; `groups`: 64-word groups.
+    `hits`, `log_summary` of `log`; `w0`: the chunk's first word in the planes.
     """
-    fast = ZERO
-    g = 0
-    while g < groups:
-        run = ones_run(summary, g, groups)
-        first, stop = w0 + (g << 6), w0 + (run << 6)
-        fast += _store_run(hits[g << 6 : run << 6], log[first:stop], writable[first:stop])
-        for full in range(g, run):
-            log_summary[(w0 >> 6) + full] = ONES
-        if run < groups:
-            left = summary[run]
-            log_summary[(w0 >> 6) + run] |= left
-            while left != ZERO:
-                i = (run << 6) + lowest_bit(left)
-                fast += _store_word(hits[i], log, writable, w0 + i)
-                left &= left - ONE
-        g = run + 1
+    fast, groups, s0 = ZERO, summary[SUMMARY_WORDS], w0 >> 6
+    log_summary[top_of(log_summary, w0 >> 12)] |= groups
+    while groups != ZERO:
+        g = lowest_bit(groups)
+        run = dense_run(summary, g, SUMMARY_WORDS)
+        if run > g:
+            first, stop = w0 + (g << 6), w0 + (run << 6)
+            fast += _store_run(hits[g << 6 : run << 6], log[first:stop], writable[first:stop])
+            for full in range(g, run):
+                log_summary[s0 + full] |= summary[full]
+            groups &= bits_from(run)
+            continue
+        groups &= groups - ONE
+        left = summary[g]
+        log_summary[s0 + g] |= left
+        while left != ZERO:
+            i = (g << 6) + lowest_bit(left)
+            fast += _store_word(hits[i], log, writable, w0 + i)
+            left &= left - ONE
     counts[PF_FAST] += np.int64(fast)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def store_writable_pml(
-    hits: Words, summary: Words, log: Words, log_summary: Words, dirty: Words, w0: int, groups: int, counts: Ints
+    hits: Words, summary: Words, log: Words, log_summary: Words, dirty: Words, w0: int, counts: Ints
 ) -> None:
     """Guest stores in a slot logged by PML whose leaves all have W, as after an eager split.
 
@@ -108,27 +111,29 @@ def store_writable_pml(
     the entries are ORed into it at once. It is store_mapped with D for W, and counts log entries instead of faults.
     """
     before = counts[PF_FAST]
-    store_mapped(hits, summary, log, log_summary, dirty, w0, groups, counts)
+    store_mapped(hits, summary, log, log_summary, dirty, w0, counts)
     counts[PML_LOGGED] += counts[PF_FAST] - before
     counts[PF_FAST] = before
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def store_mapped_pml(
-    hits: Words, summary: Words, log: Words, log_summary: Words, writable: Words, dirty: Words, w0: int, groups: int,
-    counts: Ints,
-) -> None:  # fmt: skip
+    hits: Words, summary: Words, log: Words, log_summary: Words, writable: Words, dirty: Words, w0: int, counts: Ints
+) -> None:
     """The same where some leaves lack W but are MMU-writable (split by a fault from a huge page that enabling the log
     had write-protected): the fast page fault comes first. What CLEAR protected for INITIALLY_SET is not MMU-writable.
     """
-    store_mapped(hits, summary, log, log_summary, writable, w0, groups, counts)
-    store_writable_pml(hits, summary, log, log_summary, dirty, w0, groups, counts)
+    store_mapped(hits, summary, log, log_summary, writable, w0, counts)
+    store_writable_pml(hits, summary, log, log_summary, dirty, w0, counts)
 
 
-@njit(cache=True, nogil=True)
-def has_tables(hits: Words, summary: Words, region: Flags, w0: int, groups: int) -> bool:
+@kernel
+def has_tables(hits: Words, summary: Words, region: Flags, w0: int) -> bool:
     """Can the stores to `hits` go on below level 2: a level-1 table, or a huge page with W, in every region hit?"""
-    for g in range(groups):
+    groups = summary[SUMMARY_WORDS]
+    while groups != ZERO:
+        g = lowest_bit(groups)
+        groups &= groups - ONE
         left = summary[g]
         while left != ZERO:
             i = (g << 6) + lowest_bit(left)
@@ -139,9 +144,9 @@ def has_tables(hits: Words, summary: Words, region: Flags, w0: int, groups: int)
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def store_faulting(
-    hits: Words, summary: Words, log: Words, log_summary: Words, leaves: Leaves, chunk: int, groups: int, pml: bool,
+    hits: Words, summary: Words, log: Words, log_summary: Words, leaves: Leaves, chunk: int, pml: bool,
     fast_path: bool, all_marked: bool, counts: Ints,
 ) -> None:  # fmt: skip
     """Guest stores to any pages of a chunk whose regions are as has_tables wants them; log and `locked` are settled.
@@ -155,7 +160,10 @@ def store_faulting(
     all_present, all_writable = v.present_full[chunk] != 0, v.writable_full[chunk] != 0
     all_dirty, all_accessed = v.dirty_full[chunk] != 0, v.accessed_full[chunk] != 0
     some_locked = len(v.locked_full) > 0
-    for g in range(groups):
+    groups = summary[SUMMARY_WORDS]
+    while groups != ZERO:
+        g = lowest_bit(groups)
+        groups &= groups - ONE
         left = summary[g]
         while left != ZERO:
             i = (g << 6) + lowest_bit(left)
@@ -188,10 +196,10 @@ def store_faulting(
                 missing |= clean
             if missing != ZERO and not all_marked:
                 log[at] |= missing
-                log_summary[at >> 6] |= ONE << (np.uint64(at) & LOW6)
+                raise_word(log_summary, at)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel
 def _rearm_word(mask: np.uint64, log: Words, protection: Words, i: int) -> np.uint64:
     """Take `mask`'s bits that are set in the log and protect those pages."""
     taken = mask & log[i]
@@ -200,11 +208,11 @@ def _rearm_word(mask: np.uint64, log: Words, protection: Words, i: int) -> np.ui
     return popcount(taken)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _rearm_run(mask: Words, log: Words, protection: Words) -> np.uint64:
     """_rearm_word over whole arrays: views that begin at 0 are what the compiler turns into vector code."""
     taken = ZERO
-    for i in range(len(mask)):
+    for i in range(min(len(mask), len(log))):
         bits = mask[i] & log[i]
         log[i] &= ~bits
         protection[i] &= ~bits
@@ -212,31 +220,35 @@ def _rearm_run(mask: Words, log: Words, protection: Words) -> np.uint64:
     return taken
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def rearm(
-    mask: Words, mask_summary: Words, m0: int, log: Words, protection: Words, w0: int, groups: int, counts: Ints
+    mask: Words, mask_summary: Words, m0: int, log: Words, protection: Words, w0: int, chunks: int, counts: Ints
 ) -> int:
     """Take the bits of `mask` that are set in the log, and re-arm just those pages (kvm.md 3.6, 3.7).
 
     `protection` is the W plane (write protection) or the D plane (PML). `m0`, `w0`: the first words in the mask and
-    in the planes. Returns the pages re-armed. The log's summary may keep bits of words that are now zero.
+    in the planes, each the first of a chunk; `chunks`: how many. Returns the pages re-armed. The log's summary may
+    keep bits of words that are now zero.
     """
-    taken = ZERO
-    g, end = m0 >> 6, (m0 >> 6) + groups
-    shift = w0 - m0
-    while g < end:
-        run = ones_run(mask_summary, g, end)
-        taken += _rearm_run(
-            mask[g << 6 : run << 6], log[shift + (g << 6) : shift + (run << 6)],
-            protection[shift + (g << 6) : shift + (run << 6)],
-        )  # fmt: skip
-        if run < end:
-            left = mask_summary[run]
+    taken, shift = ZERO, w0 - m0
+    for chunk in range(m0 >> 12, (m0 >> 12) + chunks):
+        s0 = chunk * SUMMARY_WORDS
+        groups = mask_summary[top_of(mask_summary, chunk)]
+        while groups != ZERO:
+            g = lowest_bit(groups)
+            run = dense_run(mask_summary, s0 + g, s0 + SUMMARY_WORDS) - s0
+            if run > g:
+                first, stop = (s0 + g) << 6, (s0 + run) << 6
+                at = slice(shift + first, shift + stop)
+                taken += _rearm_run(mask[first:stop], log[at], protection[at])
+                groups &= bits_from(run)
+                continue
+            groups &= groups - ONE
+            left = mask_summary[s0 + g]
             while left != ZERO:
-                i = (run << 6) + lowest_bit(left)
+                i = ((s0 + g) << 6) + lowest_bit(left)
                 taken += _rearm_word(mask[i], log, protection, shift + i)
                 left &= left - ONE
-        g = run + 1
     counts[REARMED] += np.int64(taken)
     counts[FLUSHES] += np.int64(taken != ZERO)
     return int(taken)

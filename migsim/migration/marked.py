@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from migsim.planes import ALL_ONES, Plane, Words, tail_mask
+from migsim.planes import ALL_ONES, Plane, Words, raise_words, tail_mask
 from migsim.units import CHUNK_PAGES, WORD_BITS, words_of
 
 __all__ = ["between", "round_out", "runs"]
@@ -64,7 +64,6 @@ def round_out(bmap: Plane, summary: Words, host_page: int) -> int:
         words[marked] = ALL_ONES
         if where.stop == len(bmap.words) and words[-1]:
             words[-1] = np.uint64(tail_mask(bmap.n))
-        at = marked + where.start
-        np.bitwise_or.at(summary, at >> 6, np.uint64(1) << (at & 63).astype(np.uint64))
+        raise_words(summary, marked + where.start)
         added += int(np.bitwise_count(words).sum()) - before
     return added

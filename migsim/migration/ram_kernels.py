@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from migsim.jit import kernel
 from migsim.planes import Flags, Words
 from migsim.units import CHUNK_PAGES
-from migsim.words import LOW6, ONE, ONES, ZERO, lowest_bit, popcount
+from migsim.words import LOW6, ONE, ONES, ZERO, bits_from, lowest_bit, popcount, raise_word, top_of
 
 Ints = NDArray[np.int64]
 
@@ -28,7 +28,7 @@ END_OF_SPAN, RATE_LIMIT, TIME_LIMIT = range(3)
 TURNS_PER_CLOCK_CHECK = 64  # QEMU looks at the clock before page 0 and each 64th (ram_save_iterate)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def must_stop(state: Ints, byte_limit: int, time_limit_ps: int) -> int:
     """Why the next page may not be sent now: RATE_LIMIT, TIME_LIMIT, or END_OF_SPAN for "it may"."""
     if state[USED] > byte_limit:
@@ -38,18 +38,35 @@ def must_stop(state: Ints, byte_limit: int, time_limit_ps: int) -> int:
     return END_OF_SPAN
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def next_word(summary: Words, i: int, end: int) -> int:
-    """First word of [i, end) that may be non-zero, or `end`."""
-    while i < end:
-        left = summary[i >> 6] >> (np.uint64(i) & LOW6)
-        if left != ZERO:
-            return min(i + lowest_bit(left), end)
-        i = ((i >> 6) + 1) << 6
+    """First word of [i, end), all of one chunk, that may be non-zero, or `end`."""
+    if i >= end:
+        return end
+    g = i >> 6
+    left = summary[g] >> (np.uint64(i) & LOW6)
+    if left != ZERO:
+        return min(i + lowest_bit(left), end)
+    chunk = g >> 6
+    groups = summary[top_of(summary, chunk)] & bits_from((g & 63) + 1)
+    while groups != ZERO:
+        g = (chunk << 6) + lowest_bit(groups)
+        groups &= groups - ONE
+        if summary[g] != ZERO:
+            return min((g << 6) + lowest_bit(summary[g]), end)
     return end
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def lower_word(summary: Words, i: int) -> None:
+    """Say that word `i` is zero."""
+    g = i >> 6
+    summary[g] &= ~(ONE << (np.uint64(i) & LOW6))
+    if summary[g] == ZERO:
+        summary[top_of(summary, g >> 6)] &= ~(ONE << (np.uint64(g) & LOW6))
+
+
+@kernel
 def next_dirty(words: Words, summary: Words, full: Flags, page: int, end: int, word_ps: int, state: Ints) -> int:
     """First dirty page of [page, end), or -1; each clean word passed costs `word_ps`. `words` need not be settled."""
     while page < end:
@@ -71,7 +88,7 @@ def next_dirty(words: Words, summary: Words, full: Flags, page: int, end: int, w
     return -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def save_span(
     bmap: Words,
     summary: Words,
@@ -147,7 +164,7 @@ def save_span(
                 state[USED] += normal_bytes
                 state[ELAPSED_PS] += normal_ps
         if bmap[i] == ZERO:
-            summary[i >> 6] &= ~(ONE << (np.uint64(i) & LOW6))
+            lower_word(summary, i)
         page = (i + 1) << 6
     return end, END_OF_SPAN
 
@@ -188,7 +205,7 @@ class SaveRule:
         return end, END_OF_SPAN
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def merge_span(bmap: Words, summary: Words, b0: int, log: Words, l0: int, n_words: int) -> int:
     """OR `log` words into `bmap` words; how many bits were new (ramblock_sync_dirty_bitmap)."""
     new = ZERO
@@ -197,5 +214,5 @@ def merge_span(bmap: Words, summary: Words, b0: int, log: Words, l0: int, n_word
         new += popcount(add & ~have)
         bmap[b0 + i] = have | add
         if add != ZERO:
-            summary[(b0 + i) >> 6] |= ONE << (np.uint64(b0 + i) & LOW6)
+            raise_word(summary, b0 + i)
     return int(new)

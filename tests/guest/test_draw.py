@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from migsim.guest import draw
 from migsim.guest.catch_up import draw_hits, pages_hit
 from migsim.guest.workload import SEQUENTIAL, UNIFORM, Phase, Stream, Workload, hot_cold, zipf
+from migsim.planes import new_summary
 from migsim.sim import prng
 
 PAGES = 4096 + 70  # a partial last word, and words in two summary groups
@@ -27,15 +28,16 @@ def bits(words: np.ndarray) -> set[int]:
 )  # fmt: skip
 def test_a_uniform_draw_hits_the_pages_the_rule_hits(a: int, b: int, key: int, p: float) -> None:
     first, end = min(a, b), max(a, b)
-    out, scratch, summary = (np.zeros(n, dtype=np.uint64) for n in (70, 70, 2))
+    out, scratch, summary = np.zeros(70, dtype=np.uint64), np.zeros(70, dtype=np.uint64), new_summary(PAGES)
     draw.draw_uniform(out, summary, scratch, first, end, p, np.uint64(key))
     assert bits(out) == draw.bits_hit(first, end, p, key)
-    assert {int(w) for w in np.flatnonzero(out)} <= bits(summary), "a hit word is missing from the summary"
+    assert {int(w) for w in np.flatnonzero(out)} <= bits(summary[:64]), "a hit word is missing from the summary"
+    assert {int(g) for g in np.flatnonzero(summary[:64])} <= bits(summary[64:]), "a group is missing from the top"
 
 
 def test_a_uniform_draw_has_the_probability_asked_for() -> None:
     """Within five standard deviations over 256 chunks, dense, sparse and at the seam between the two."""
-    out, scratch, summary = (np.zeros(n, dtype=np.uint64) for n in (4096, 4096, 64))
+    out, scratch, summary = (np.zeros(n, dtype=np.uint64) for n in (4096, 4096, 65))
     for p in (1e-4, draw.DENSE_FROM * 0.99, draw.DENSE_FROM, 0.0301, 0.5, 0.93):
         hits = 0
         for k in range(256):
@@ -61,7 +63,7 @@ def test_a_unit_is_brought_up_to_date_with_the_pages_the_rule_names(
 ) -> None:
     law, first, end = (np.array(x, dtype=np.int64) for x in zip(*[(k, a, a + n) for k, a, n, _ in laws], strict=True))
     seen = np.zeros(len(laws))
-    hits, scratch, summary = (np.zeros(n, dtype=np.uint64) for n in (70, 70, 2))
+    hits, scratch, summary = (np.zeros(n, dtype=np.uint64) for n in (70, 70, 65))
     visits, clock = np.zeros(4, dtype=np.uint32), np.zeros(len(laws))
     for step in steps:
         clock = clock + np.array([rate * step / 1e4 for *_, rate in laws])
@@ -75,7 +77,7 @@ def test_a_unit_is_brought_up_to_date_with_the_pages_the_rule_names(
 def test_looking_twice_at_one_moment_finds_nothing_new() -> None:
     w = Workload([Stream(UNIFORM, 0, 640, 1e6)], 1, 5)
     w.advance(1_000_000_000)
-    hits, scratch, summary = (np.zeros(n, dtype=np.uint64) for n in (10, 10, 1))
+    hits, scratch, summary = (np.zeros(n, dtype=np.uint64) for n in (10, 10, 65))
     arguments = (w.law, w.first, w.end, w.clock, w.seen[0], w.visits, w.seed_key)
     assert draw_hits(hits, summary, scratch, 0, 640, 0, *arguments)
     assert not draw_hits(hits, summary, scratch, 0, 640, 0, *arguments)

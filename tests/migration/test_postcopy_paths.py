@@ -11,17 +11,16 @@ from hypothesis import strategies as st
 
 from migsim import simulation
 from migsim.migration.marked import between, round_out, runs
-from migsim.planes import Plane
+from migsim.planes import Plane, new_summary, summarise
 from migsim.result import Result
 from migsim.scenario import ScenarioError, build
 from migsim.units import CHUNK_PAGES
 
 
 def summary_of(plane: Plane) -> Any:
-    """A bit for each word that is not zero, chunks apart."""
-    summary = np.zeros(-(-len(plane.words) // 4096) * 64, dtype=np.uint64)
-    for word in np.flatnonzero(plane.words).tolist():
-        summary[word >> 6] |= np.uint64(1 << (word & 63))
+    """A bit for each word that is not zero, and one for each group of 64 that has such a word."""
+    summary = new_summary(plane.n)
+    summarise(plane.words, summary)
     return summary
 
 
@@ -49,6 +48,8 @@ def test_a_host_page_with_a_dirty_page_is_dirty_altogether(
     assert all(plane.get(page) for page in list(whole)[:2000])
     known = np.unpackbits(summary.view(np.uint8), bitorder="little")[: len(plane.words)]
     assert known[np.flatnonzero(plane.words)].all(), "a word that is not zero is in the summary"
+    tops = np.unpackbits(summary[len(summary) // 65 * 64 :].view(np.uint8), bitorder="little")
+    assert tops[np.flatnonzero(plane.words) >> 6].all(), "its group is in the top"
     assert runs(plane) <= max(1, len({p // host_page for p in whole}))
 
 

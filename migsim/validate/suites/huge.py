@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migsim.kvm import uapi
-from migsim.planes import tail_mask
+from migsim.planes import new_summary, summarise, tail_mask
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS, GIB, PAGE_SHIFT, PAGE_SIZE, TIB, chunks_of, words_of
 from migsim.validate.backends import CONFIG, MMU, Backend
 from migsim.validate.case import Case, Context
@@ -137,7 +137,7 @@ def _store(context: Context, vm: Any, slot: HugeSlot, random: np.random.Generato
 
     leaves = vm.vcpus[0].load_root().leaf[slot.id]
     counts = np.zeros(COUNTS_LEN, dtype=np.int64)
-    log_summary = np.zeros(words_of(len(slot.truth)) + 64, dtype=np.uint64)
+    log_summary = new_summary(slot.n_pages)
     kinds = random.integers(0, len(CHUNK_KINDS), chunks_of(slot.n_pages))
     for number, kind in enumerate(kinds):
         if CHUNK_KINDS[kind]:
@@ -175,11 +175,11 @@ def _store_chunk(leaves: Any, slot: HugeSlot, number: int, hits: Words, log_summ
     log = slot.slot.dirty_bitmap
     for plane in (log, leaves.writable, leaves.dirty):
         plane.settle(number)
-    summary = np.packbits(hits != 0, bitorder="little").view(np.uint64)
-    groups = words_of(length)
+    summary = new_summary(CHUNK_PAGES)
+    summarise(hits, summary)
     planes = (log.words, log_summary, leaves.writable.words)
     if slot.vm.pml_enabled:
-        store_mapped_pml(hits, summary, *planes, leaves.dirty.words, where.start, groups, counts)
+        store_mapped_pml(hits, summary, *planes, leaves.dirty.words, where.start, counts)
     else:
-        store_mapped(hits, summary, *planes, where.start, groups, counts)
+        store_mapped(hits, summary, *planes, where.start, counts)
     slot.truth[where] |= hits[:length]
