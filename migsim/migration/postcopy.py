@@ -68,6 +68,8 @@ def run(loop: Precopy) -> bool:
             failure, loop.failure = loop.failure, None
             if not pause_and_recover(loop, failure):
                 return True
+            if loop.progress is not None:  # between pause and pushes: nothing came meanwhile
+                loop.progress(loop)
         _push(loop, page_ns)
         if loop.progress is not None:
             loop.progress(loop)

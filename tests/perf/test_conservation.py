@@ -205,3 +205,24 @@ def test_a_clear_of_what_is_mapped_huge_changes_no_leaf() -> None:
     pages, leaf_ns = 64 * 256, host.ns("spte-clear-dirty") + host.ns("pfn-set-dirty")
     assert first["4K"] - first["2M"] == pytest.approx(pages * leaf_ns, rel=0.01)
     assert first["2M"] < first["4K"] / 10
+
+
+def test_while_the_link_is_gone_post_copy_s_vcpus_stand_still() -> None:
+    """From the failure until it is recovered nothing can be fetched: every vCPU stalls for seconds."""
+    guest = {
+        "guest": {
+            "memory": "64 MiB", "vcpus": 4,
+            "workload": [{"pattern": "uniform", "rate": "20000 pages/s", "working-set": "32 MiB"}],
+        },
+        "migration": {
+            "max-bandwidth": "30 MB/s", "max-postcopy-bandwidth": "5 MB/s", "capabilities": ["postcopy-ram"],
+            "postcopy-after": "1 s",
+        },
+        "link": {"bandwidth": "1 Gbit/s"},
+    }  # fmt: skip
+    dies = ["link.fail-at=3 s", "migration.postcopy-recover-after=20 s"]
+    whole, broken = (simulation.run(build(guest, settings)) for settings in ([], dies))
+    assert whole.converged and broken.converged
+    assert "more" not in whole.host["postcopy"]["vcpu-stalls"]
+    assert broken.host["postcopy"]["vcpu-stalls"]["more"] == 4
+    assert broken.host["postcopy"]["guest-throughput-share"] < whole.host["postcopy"]["guest-throughput-share"] - 0.3
