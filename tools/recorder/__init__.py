@@ -1,0 +1,1 @@
+"""Parts of tools/record_qemu; standard library only."""
