@@ -147,7 +147,7 @@ class Ram:
         self.names_blocks = True  # not where pages go to places of their own (mapped-ram)
         self.first_pages = 0  # pages of data sent with their block's name
         self.rearmed_pages = self.rearmed_leaves = self.clear_calls = self.split_in_clear = 0
-        # What KVM did besides, for the price: 4K leaves of (slot, first page, pages); tables split off huge pages so far
+        # What KVM did, for the price: 4K leaves of (slot, first page, pages); tables split off huge pages so far
         self.leaves_in: Callable[[int, int, int], int] = lambda slot_id, first, pages: pages
         self.harvests = self.harvested_pages = 0  # GETs without manual protection that took a bit, and their bits
         self.split_tables: Callable[[], int] = lambda: 0
