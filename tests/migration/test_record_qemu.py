@@ -24,7 +24,8 @@ def test_an_idle_guest_recorded_now_is_predicted_to_the_byte(tmp_path: Path, qem
     (entry,) = accuracy.replay(out)
     same = ("status", "rounds", "normal", "duplicate")
     assert {key: entry["predicted"][key] for key in same} == {key: entry["measured"][key] for key in same}
-    assert abs(entry["predicted"]["transferred"] - entry["measured"]["transferred"]) <= 80  # a section's end marker each
+    sent = entry["predicted"]["transferred"] - entry["measured"]["transferred"]
+    assert abs(sent) <= 80  # a section more or less is its end marker
     load = json.loads(out.read_text())["load"]
     assert load["wall_s"] > 0.5 and load["qemu_threads_cpus"].keys() & {"src.main", "dst.main"}
     assert load["reliable"] == (not load["reasons"])
