@@ -145,6 +145,9 @@ PARSERS: Final[Mapping[str, Callable[[object], int | float]]] = MappingProxyType
     }
 )
 
+#: Those of which a bare number is refused, but for 0.
+UNIT_NEEDED: Final = frozenset({"link-rate", "write-rate", "duration"})
+
 #: The same quantities in words, for the JSON Schema and for errors.
 ALLOWED: Final[Mapping[str, str]] = MappingProxyType(
     {

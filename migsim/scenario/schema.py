@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import msgspec
 
-from migsim.quantities import ALLOWED
+from migsim.quantities import ALLOWED, UNIT_NEEDED, in_words
 from migsim.scenario.convert import quantity_of
 from migsim.scenario.root import Scenario
 
@@ -24,13 +24,30 @@ def json_schema() -> dict[str, Any]:
             quantity = quantity_of(field.type)
             if quantity is not None:
                 properties[field.encode_name] = _with_text(properties[field.encode_name], quantity)
+            else:
+                _pair_with_text(properties[field.encode_name], field.type)
     result: dict[str, Any] = msgspec.to_builtins(schema)
     return result
 
 
 def _with_text(number: dict[str, Any], quantity: str) -> dict[str, Any]:
-    default = {"default": number.pop("default")} if "default" in number else {}
-    return {"anyOf": [number, {"type": "string", "description": ALLOWED[quantity]}], **default}
+    """The number, where one may stand without its unit, or text."""
+    rest: dict[str, Any] = {name: number.pop(name) for name in ("default", "description") if name in number}
+    if quantity in UNIT_NEEDED:
+        number = {"const": 0}
+        if isinstance(rest.get("default"), int):
+            rest["default"] = in_words(rest["default"], "duration" if quantity == "duration" else "rate")
+    return {"anyOf": [number, {"type": "string", "description": ALLOWED[quantity]}], **rest}
+
+
+def _pair_with_text(schema: dict[str, Any], annotation: Any) -> None:
+    """In place: the members of a tuple of quantities, such as the two bounds of [expect], may be text."""
+    for part in get_args(annotation):
+        if get_origin(part) is tuple:
+            for array in (choice for choice in schema.get("anyOf", ()) if "prefixItems" in choice):
+                kinds = [quantity_of(member) for member in get_args(part)]
+                pairs = zip(array["prefixItems"], kinds, strict=True)
+                array["prefixItems"] = [item if kind is None else _with_text(item, kind) for item, kind in pairs]
 
 
 def _structs(kind: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:

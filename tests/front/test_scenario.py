@@ -247,3 +247,15 @@ def test_scenarios_can_be_built_in_python_too():
     assert Scenario(guest=guest, migration=Migration(downtime_limit=500)).migration.downtime_limit == 500
     with pytest.raises(ScenarioError, match="multiple of the page"):
         Guest(memory=5000)
+
+
+def test_the_schema_takes_what_the_loader_takes():
+    defs = json_schema()["$defs"]
+    bounds = next(part for part in defs["Expect"]["properties"]["total-time"]["anyOf"] if "prefixItems" in part)
+    kinds = [[choice["type"] for choice in bound["anyOf"]] for bound in bounds["prefixItems"]]
+    assert kinds == [["integer", "string"]] * 2
+    latency = defs["Link"]["properties"]["latency"]
+    assert latency["anyOf"][0] == {"const": 0}, "a duration without its unit is refused"
+    assert build({"guest": {"memory": "1 GiB"}, "link": {"latency": latency["default"]}}) == build(
+        {"guest": {"memory": "1 GiB"}}
+    )
