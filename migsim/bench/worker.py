@@ -7,6 +7,7 @@ with {"wall-s", "cpu-s", "simulated-s", "rounds", "lost-pages", "peak-rss-bytes"
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def serve() -> None:
             answer = _run(Shape(request["text"], tuple(request["settings"])), request["verify"])
         except (ValueError, MemoryError) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
+        gc.collect()  # a guest is full of cycles: what it held goes back now, not in the middle of some later run
         print(json.dumps(answer), flush=True)
 
 
