@@ -60,6 +60,8 @@ class Caps:
             return self._vm.config.nr_as_ids if self._vm.config.smm else 0
         if cap in _RINGS:
             return KVM_DIRTY_RING_MAX_ENTRIES * DIRTY_GFN.itemsize if self._vm.config.dirty_ring else 0
+        if cap == uapi.KVM_CAP_PRE_FAULT_MEMORY:
+            return int(self._vm.config.tdp)
         return _FIXED.get(cap, 0)
 
     def enable(self, cap: int, flags: int, args: Sequence[int]) -> int:

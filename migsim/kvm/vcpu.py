@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from errno import EINVAL
 from typing import TYPE_CHECKING, Final
 
 from migsim.kvm.dirty_ring import DirtyRing, RingView
@@ -18,6 +17,8 @@ from migsim.kvm.exits import Exit, GuestLivelock, Op, StopRun, check_ops
 from migsim.kvm.mmio import MmioCache
 from migsim.kvm.mmu_lock import WouldBlock
 from migsim.kvm.pml import PmlBuffer
+from migsim.kvm.pre_fault import PreFaultRange, pre_fault_memory
+from migsim.kvm.pvclock import PvClock
 from migsim.kvm.tdp_mmu import RetPf
 from migsim.kvm.tlb import Tlb, Translation
 from migsim.kvm.uapi import (
@@ -25,8 +26,6 @@ from migsim.kvm.uapi import (
     KVM_EXIT_HLT,
     KVM_EXIT_INTR,
     KVM_EXIT_SHUTDOWN,
-    MSR_KVM_SYSTEM_TIME_NEW,
-    kvm_error,
 )
 from migsim.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from migsim.kvm.vm import Vm
 
 FAULTS_MAX: Final = 100  # of one access, one after the other: what is more is a livelock (KVM itself would never end)
-PVCLOCK_BYTES: Final = 32  # struct pvclock_vcpu_time_info
 _U32: Final = (1 << 32) - 1
 
 
@@ -59,9 +57,7 @@ class Vcpu:
         self.emulator = Emulator(vm, self)
         self._pml_update_deferred = False
         self._flushes_before = vm.stats.remote_tlb_flush_requests
-        self._system_time_gpa: int | None = None
-        self._clock_update = False
-        self._clock_version = 0
+        self.clock = PvClock(self)
 
     @property
     def as_id(self) -> int:
@@ -111,9 +107,7 @@ class Vcpu:
         """What KVM looks at before every guest entry: the ring first, then root and clock."""
         self.check_ring_full()
         self.load_root()
-        if self._clock_update:
-            self._clock_update = False
-            self.write_system_time()
+        self.clock.update()
         self.vm.trace("kvm_entry", vcpu_id=self.id)
 
     def check_ring_full(self) -> None:
@@ -308,23 +302,15 @@ class Vcpu:
         if self._pml_update_deferred:
             self.update_cpu_dirty_logging()
 
-    # -- kvm-clock ---------------------------------------------------------------------------------------------------
+    # -- other calls -------------------------------------------------------------------------------------------------
 
     def set_msr(self, index: int, value: int) -> None:
-        """KVM_SET_MSRS of one register: kvm-clock's. Nothing is written before the next KVM_RUN. OSError EINVAL."""
-        if index != MSR_KVM_SYSTEM_TIME_NEW:
-            raise kvm_error(EINVAL, f"MSR {index:#x}")
-        self._system_time_gpa = value & ~1 if value & 1 else None
-        self._clock_update = value & 1 == 1
+        """KVM_SET_MSRS of one register: kvm-clock's. Raises OSError EINVAL."""
+        self.clock.set_msr(index, value)
 
-    def write_system_time(self) -> None:
-        """Fill in the guest's clock page (time stands still at zero here) and mark it: a guest write by KVM."""
-        gpa = self._system_time_gpa
-        if gpa is None or gpa % PAGE_SIZE > PAGE_SIZE - PVCLOCK_BYTES:
-            return
-        self._clock_version += 2
-        data = self._clock_version.to_bytes(4, "little") + bytes(PVCLOCK_BYTES - 4)
-        self.vm.access.write_page(gpa >> PAGE_SHIFT, gpa % PAGE_SIZE, data, self)
+    def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> PreFaultRange:
+        """KVM_PRE_FAULT_MEMORY of `size` bytes at gpa: what is still to do. OSError as pre_fault.pre_fault_memory."""
+        return pre_fault_memory(self, gpa, size, flags)
 
     def destroy(self) -> None:
         """The vCPU goes with its VM."""

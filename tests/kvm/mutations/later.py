@@ -112,6 +112,28 @@ def _(honest: Any) -> Any:
     return disable
 
 
+@without("KVM_PRE_FAULT_MEMORY", "pre_fault.pre_fault_memory", "goes on behind the end of memory")
+def _(honest: Any) -> Any:
+    def pre_fault(vcpu: Any, gpa: int, size: int, flags: int = 0) -> Any:
+        return honest(vcpu, gpa, size, flags)._replace(size=0)
+
+    return pre_fault
+
+
+@without("KVM_PRE_FAULT_MEMORY", "pre_fault.pre_fault_memory", "looks for signals first")
+def _(honest: Any) -> Any:
+    def pre_fault(vcpu: Any, gpa: int, size: int, flags: int = 0) -> Any:
+        if not vcpu.vm.config.tdp or gpa % 4096:
+            raise OSError(4, "interrupted")
+        return honest(vcpu, gpa, size, flags)
+
+    return pre_fault
+
+
+without("KVM_PRE_FAULT_MEMORY", "page_fault.count_result", "counts prefetches like faults",
+        lambda honest: lambda mmu, vcpu, result, prefetch=False: honest(mmu, vcpu, result))  # fmt: skip
+
+
 @without("the fast path's tracepoint", "page_fault.fast_page_fault", "traces repairs alone")
 def _(honest: Any) -> Any:
     def fast(mmu: Any, root: Any, fault: Any) -> RetPf:
