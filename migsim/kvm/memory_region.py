@@ -286,7 +286,7 @@ class MemoryRegions:
 
         Raises WouldBlock while an MMU notifier runs: its start and its end must see the same slots.
         """
-        if self._vm.mmu.state.invalidate.in_progress:
+        if self._vm.mmu.state.invalidate.active:
             raise WouldBlock("the memslots cannot be swapped before the running MMU notifier has ended")
         memslots.generation |= KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
         change()

@@ -166,8 +166,11 @@ class Mmu(VcpuMmu):
         """The host is about to change [hva, hva_end): from here on nothing maps it and no fault may."""
         self.vm.trace("kvm_unmap_hva_range", start=hva, end=hva_end)
         flush = False
+        self.state.invalidate.active += 1  # from here to the end the slots stay as they are
+        ranges = list(gfn_ranges(self.state, hva, hva_end))
+        if not ranges and not self.state.vintage.notifier_always_locks:
+            return
         with self.state.lock.write():
-            ranges = list(gfn_ranges(self.state, hva, hva_end))
             start = min((first for _, first, _ in ranges), default=0)
             self.state.invalidate.begin(start, max((end for _, _, end in ranges), default=0))
             for slot, first, end in ranges:
@@ -178,8 +181,11 @@ class Mmu(VcpuMmu):
 
     def invalidate_range_end(self, hva: int, hva_end: int) -> None:
         """The host has changed the range."""
-        with self.state.lock.write():
-            self.state.invalidate.finish()
+        if self.state.vintage.notifier_always_locks or any(gfn_ranges(self.state, hva, hva_end)):
+            with self.state.lock.write():
+                self.state.invalidate.finish()
+        self.state.invalidate.active -= 1
+        assert self.state.invalidate.active >= 0, "an MMU notifier ended that never began"
 
     def unmap_hva_range(self, start: int, end: int) -> None:
         """A whole invalidation of host addresses [start, end)."""

@@ -148,9 +148,13 @@ class NxList(Generic[Owner]):
 
 
 class InvalidateRange:
-    """mmu_invalidate_*: how many notifiers run, over which gfns (their hull), and how many have finished."""
+    """mmu_invalidate_*: how many notifiers run, over which gfns (their hull), and how many have finished.
+
+    `active`: those that run over whatever memory, mapped by a slot or not (mn_active_invalidate_count).
+    """
 
     def __init__(self) -> None:
+        self.active = 0
         self.in_progress = 0
         self.seq = 0
         self.start = 0

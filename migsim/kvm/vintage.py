@@ -31,6 +31,7 @@ class Vintage:
     tdp_mmu_pages_lock (6.9). pages_list: every table of the TDP MMU is on a list, so that linking and unlinking one
     takes tdp_mmu_pages_lock (5.12 to 6.1; d25ceb92 counts them instead). pushes_page_state: the host's page is told
     that it is dirty or accessed when an SPTE that says so goes (until 6.12), and no longer when it is mapped.
+    notifier_always_locks: also where no slot maps the address (until 8931a454, 5.13).
     nx_tags_all: what an instruction fetch under the NX workaround made is tagged even if nothing huge was possible then
     (428e9216, 6.2). split_drops_lock: eager splitting lets mmu_lock go for each table it allocates (cf3ff0ee, 6.11).
     zap_root_levels: the passes over a root that goes, before the last at its own level: none, 1G first (1b6043e8,
@@ -60,6 +61,7 @@ class Vintage:
     root_read_lock: bool = True
     pages_list: bool = False
     pushes_page_state: bool = False
+    notifier_always_locks: bool = False
     nx_tags_all: bool = True
     split_drops_lock: bool = True
     zap_root_levels: tuple[int, ...] = (1, 2, 3)
@@ -93,6 +95,7 @@ TDP_5_10: Final = Vintage(
     nx_read_lock=False,
     root_read_lock=False,
     pushes_page_state=True,
+    notifier_always_locks=True,
     nx_tags_all=False,
     split_drops_lock=False,
     zap_root_levels=(),

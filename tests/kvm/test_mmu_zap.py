@@ -8,6 +8,7 @@ import pytest
 
 from migsim.kvm.changed_spte import handle_changed_spte, set_spte, zap_spte_atomic
 from migsim.kvm.config import VmConfig
+from migsim.kvm.mmu_lock import WouldBlock
 from migsim.kvm.tdp_iter import for_each_tdp_pte
 from migsim.kvm.tdp_mmu import RetPf
 from migsim.kvm.vintage import TDP_5_10, VINTAGES
@@ -154,6 +155,22 @@ def test_after_an_invalidation_nothing_maps_the_old_frame(mmu_guest, mmu: str) -
     guest.write(512, 600)
     assert guest.mmu.fmt.pfn(guest.spte(512)[0]) == frame and guest.spte(600)[1] == 1
     assert guest.spte(5)[1] == guest.spte(1100)[1] == 2
+    guest.close()
+
+
+@pytest.mark.parametrize(("mmu", "locks"), [("tdp", 0), ("tdp-5.10", 2)])
+def test_a_notifier_over_memory_that_no_slot_maps_is_nobodys_business(mmu_guest, mmu: str, locks: int) -> None:
+    """8931a454: before it, mmu_lock was taken and every fault under way had to start over."""
+    guest = mmu_guest(replace(TDP, mmu=mmu), level=1)
+    elsewhere, meter, seq = guest.vm.alloc_memory(PAGE), CountingMeter(), guest.mmu.state.invalidate.seq
+    guest.mmu.lock._meter = meter
+    guest.mmu.invalidate_range_start(elsewhere, elsewhere + PAGE)
+    with pytest.raises(WouldBlock, match="before the running MMU notifier has ended"):
+        guest.log()
+    guest.mmu.invalidate_range_end(elsewhere, elsewhere + PAGE)
+    assert meter.totals.get("mmu_lock_write", 0) == locks
+    assert (guest.mmu.state.invalidate.seq == seq) == (not locks)
+    guest.log()
     guest.close()
 
 

@@ -30,6 +30,9 @@ gone("5.13 zap all by", "zap.invalidate_all_roots", "marks no root", answer=[])
 gone("5.13 zap all by", "zap.zap_invalidated_roots", "leaves what was marked")
 without("5.13 bit 11 says", "spte.SpteFormat.is_present", "takes all for present that is not zero and not MMIO",
         lambda honest: lambda fmt, spte: spte not in (fmt.nonpresent, fmt.frozen) and not fmt.is_mmio(spte))
+column("5.13 a notifier takes", "mmu.Mmu.invalidate_range_start", "notifier_always_locks", True, "takes it always")
+without("5.13 a notifier takes", "mmu.Mmu.invalidate_range_end", "leaves the slots waiting",
+        lambda _: lambda mmu, *range: None)  # fmt: skip
 gone("5.15 fast page fault", "page_fault.fast_page_fault", "leaves it to the slow path", answer=RetPf.INVALID)
 
 
