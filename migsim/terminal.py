@@ -32,7 +32,7 @@ def summary(result: Result, width: int | None = None) -> str:
         *(textwrap.fill(line, columns) for line in _expectation(result)),
         _rounds(result.rounds, columns),
         _downtime(result, columns),
-        _dirty_rates(result),
+        _dirty_rates(result, columns),
         _counters("Host", result.host, columns),
         _counters("KVM", result.kvm, columns),
         textwrap.fill(_verified(result), columns),
@@ -110,13 +110,16 @@ def _downtime(result: Result, columns: int) -> str:
     return "\n".join(lines)
 
 
-def _dirty_rates(result: Result) -> str:
+def _dirty_rates(result: Result, columns: int) -> str:
     """What calc-dirty-rate answered, and what the guest really wrote meanwhile."""
-    lines = ["Dirty rate, MiB/s: as QEMU says; distinct pages and page writes as they were"] * bool(result.dirty_rate)
+    if not result.dirty_rate:
+        return ""
+    lines = textwrap.wrap("Dirty rate, MiB/s: as QEMU says; distinct pages and page writes as they were", columns)
     for found in result.dirty_rate:
-        asked = f"{found.reply['mode']}, {clock(found.elapsed_ns)} from {clock(found.at_ns)}"
-        said = found.reply["dirty-rate"]
-        lines.append(f"  {asked:<34}  {said:>9,}  {found.distinct_rate:>11,.1f}  {found.write_rate:>11,.1f}")
+        asked = f"  {found.reply['mode']}, {clock(found.elapsed_ns)} from {clock(found.at_ns)}"
+        said = f"{found.reply['dirty-rate']:>9,}  {found.distinct_rate:>11,.1f}  {found.write_rate:>11,.1f}"
+        row = f"{asked:<36}  {said}"
+        lines += [row] if len(row) <= columns else [asked, f"    {said}"]
     return "\n".join(lines)
 
 

@@ -168,6 +168,7 @@ def test_measuring_changes_nothing_of_the_migration() -> None:
     with_rates, without = migsim.run(asked, threads=1), migsim.run(plain, threads=1)
     assert with_rates.migration == without.migration and with_rates.rounds == without.rounds
     assert len(with_rates.dirty_rate) == 1 and not without.dirty_rate
+    assert max(map(len, summary(with_rates, 60).splitlines())) <= 60
     told = summary(with_rates, 100)
     assert "dirty-bitmap, 1 s" in told and f"{with_rates.dirty_rate[0].reply['dirty-rate']}" in told
 
