@@ -128,9 +128,9 @@ def _normalising(services: Sequence[float], think: float, customers: int) -> lis
 
 @given(
     services=st.lists(st.sampled_from([1e-3, 1.0, 163.0, 1448.0, 1e9]), min_size=1, max_size=3),
-    think=st.sampled_from([0.0, 1e-3, 1000.0, 1e9]), customers=st.sampled_from([1, 2, 7, 40, 416]),
+    think=st.sampled_from([0.0, 1e-3, 1000.0, 1e9]), customers=st.sampled_from([1, 2, 7, 40, 96]),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_throughput_is_buzen_s_whatever_the_ratio_of_the_times(
     services: list[float], think: float, customers: int
 ) -> None:
