@@ -81,7 +81,7 @@ def accepted(data: dict[str, Any]) -> Scenario | None:
         return None
 
 
-@settings(max_examples=60, **SLOW)
+@settings(max_examples=40, **SLOW)
 @given(SCENARIOS, st.integers(0, (1 << 64) - 1))
 def test_it_runs_to_an_answer_and_the_answer_can_be_read_back(data, seed):
     scenario = accepted(data)
@@ -103,7 +103,7 @@ JUNK = [-1, "", "x", "1 parsec", "nan", float("nan"), float("inf"), [], {}, [[1]
 FREE = {"name", "profile"}
 
 
-@settings(max_examples=150, **SLOW)
+@settings(max_examples=100, **SLOW)
 @given(SCENARIOS, st.data())
 def test_damage_anywhere_is_one_sentence_that_names_the_place(data, draw):
     if accepted(data) is None:
