@@ -31,7 +31,6 @@ from migsim.kvm.spte import (
 )
 from migsim.units import LEVEL_BITS, pages_per_level
 
-
 _ROWS_FIRST, _ROWS_MORE = 4, 256  # rows of tables to start with, and at most filled at a time: 1 MiB
 
 
@@ -145,7 +144,7 @@ class PagingStructure:
         self.free_rows = list(range(rows + more - 1, rows - 1, -1))
 
     def _rows_at_most(self) -> int:
-        """Tables of level 2 and more if all of every slot were mapped at 4K: one a span at each level, and the edges."""
+        """Tables of level 2 and more if all of every slot were mapped at 4K: one a span at each level, and edges."""
         spans = [pages_per_level(level + 1) for level in range(PG_LEVEL_2M, self.level + 1)]
         return sum(p.npages // span + 2 for p in self._by_base for span in spans)
 
