@@ -68,8 +68,9 @@ def stat_violations(mmu: MmuState) -> Iterator[str]:
         value = getattr(mmu.stats, name)
         if value != recount[level]:
             yield f"{name} is {value}, a recount finds {recount[level]}"
-    if mmu.stats.nx_lpage_splits != len(mmu.nx):
-        yield f"nx_lpage_splits is {mmu.stats.nx_lpage_splits}, the list holds {len(mmu.nx)} tables"
+    listed = len(mmu.nx) + len(mmu.nx_shadow)
+    if mmu.stats.nx_lpage_splits != listed:
+        yield f"nx_lpage_splits is {mmu.stats.nx_lpage_splits}, the lists hold {listed} tables"
 
 
 def _count_small(root: Root, planes: LeafPlanes) -> int:

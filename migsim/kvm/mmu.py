@@ -15,6 +15,7 @@ from migsim.kvm.mmu_state import MmuState, VmSeam
 from migsim.kvm.mmu_vcpu import VcpuMmu
 from migsim.kvm.notifier import gfn_ranges
 from migsim.kvm.nx_recovery import RECOVERY_RATIO, recover_nx_huge_pages, recover_nx_shadow_pages
+from migsim.kvm.shadow_invariants import shadow_violations
 from migsim.kvm.shadow_mmu import ShadowMmu
 from migsim.kvm.spte import PG_LEVEL_2M, PG_LEVEL_4K
 from migsim.kvm.tdp_ops import TdpMmu
@@ -257,4 +258,4 @@ class Mmu(VcpuMmu):
 
     def invariants(self) -> list[str]:
         """Everything that must hold between two operations; one sentence for each violation."""
-        return mmu_violations(self.state)
+        return [*mmu_violations(self.state), *shadow_violations(self.shadow)]

@@ -43,7 +43,7 @@ class Rmap:
     def __init__(self, mmu: MmuState) -> None:
         self._mmu = mmu
         self._chains: dict[tuple[int, int, int], list[RmapEntry]] = {}
-        # With the TDP MMU heads appear with the first shadow root since Linux 5.14 (d501f747); before, with every slot
+        # With the TDP MMU heads come with the first shadow root since Linux 5.14 (d501f747); before, with every slot
         self.allocated = not mmu.vintage.tdp or mmu.vintage.format_5_10
 
     def add(self, as_id: int, level: int, gfn: int, entry: RmapEntry) -> int:

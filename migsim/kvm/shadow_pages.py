@@ -56,6 +56,11 @@ class ShadowPages:
         return iter(list(self._active.values()))
 
     @property
+    def held_count(self) -> int:
+        """References of vCPUs to roots that were zapped under them."""
+        return sum(page.root_count for page in self._held.values())
+
+    @property
     def indirect(self) -> int:
         """Pages with a guest table behind them (indirect_shadow_pages)."""
         return self._mmu.indirect_shadow_pages

@@ -360,3 +360,29 @@ def test_l2_outside_every_slot_gets_an_mmio_spte_of_its_own(mmu_guest) -> None:
     guest.vm.set_user_memory_region(2, 0, 0x9000 * PAGE, PAGE, guest.vm.alloc_memory(PAGE))
     assert l2.page_fault(guest.vcpu, 0, write=True) == RetPf.FIXED
     guest.close()
+
+
+# -- the checker -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda g, page: setattr(page, "unsync", False), "mmu_unsync is 1, a recount finds 0"),
+        (lambda g, page: setattr(page, "unsync", False), "is in step, yet SPTE"),
+        (lambda g, page: [p.unsync_children.clear() for p in g.mmu.shadow.pages], "is not marked"),
+        (lambda g, page: page.parents.clear(), "which does not know"),
+        (lambda g, page: g.mmu.shadow.held_roots.clear(), "1 references to shadow roots, 0 vCPUs hold one"),
+        (lambda g, page: g.mmu.state.write_tracked.pop((0, L2)), "not write-tracked"),
+        (lambda g, page: setattr(g.mmu.state, "indirect_shadow_pages", 9), "a recount finds 4"),
+    ],
+)
+def test_the_checker_finds_what_is_wrong_with_shadow_pages(mmu_guest, damage, sentence: str) -> None:
+    guest = mmu_guest(level=1)
+    l2 = nested(guest)
+    l2.access(guest.vcpu, 0, write=True)
+    l2.write_entry(guest.vcpu, L1, 0, GuestPte(DATA + 1))
+    guest.check()
+    page = next(page for page in guest.mmu.shadow.pages if page.unsync)
+    damage(guest, page)
+    assert any(sentence in found for found in guest.mmu.invariants()), guest.mmu.invariants()

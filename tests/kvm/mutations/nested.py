@@ -101,6 +101,7 @@ gone("every emulated store", "guest_writes.GuestWrites.track_write", "sees none"
 gone("a store that is none", "guest_writes.is_misaligned", "takes any for one of an entry", answer=False)
 gone("the page limit", "page_limit.PageLimit.change", "changes nothing")
 gone("the page limit", "page_limit.PageLimit.make_available", "lets pages grow without end")
+gone("checked after every step", "shadow_invariants.shadow_violations", "finds nothing", answer=())
 inside("no memory there", "shadow_fault.ShadowFaults.page_fault", "asks in full every time",
        "shadow_fault.ShadowFaults._is_known_mmio", lambda _: lambda *_: False)  # fmt: skip
 gone("6.0 eager splitting", "shadow_split.ShadowSplit.split_range", "splits nothing")
