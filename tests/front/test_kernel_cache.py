@@ -29,7 +29,7 @@ def sealed(tmp_path):
     return run
 
 
-KERNEL = "import migsim, os; from migsim.words import ones_run; print(os.environ.get('NUMBA_CACHE_DIR', ''))"
+KERNEL = "import migsim.fused_kernels, os; print(os.environ.get('NUMBA_CACHE_DIR', ''))"
 
 
 def test_a_folder_of_the_process_steps_in_and_is_gone_afterwards(sealed, tmp_path):
