@@ -70,7 +70,7 @@ def stat_violations(mmu: MmuState) -> Iterator[str]:
             yield f"{name} is {value}, a recount finds {recount[level]}"
     listed = len(mmu.nx) + len(mmu.nx_shadow)
     if mmu.stats.nx_lpage_splits != listed:
-        yield f"nx_lpage_splits is {mmu.stats.nx_lpage_splits}, the lists hold {listed} tables"
+        yield f"nx_lpage_splits is {mmu.stats.nx_lpage_splits}, the list holds {listed} tables"
 
 
 def _count_small(root: Root, planes: LeafPlanes) -> int:
