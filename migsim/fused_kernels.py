@@ -10,7 +10,7 @@ import numpy as np
 
 from migsim.fused_views import BITS, FIRST_LOST, LOST, NEW, TAKEN, BlockView, Ints, SlotView, Streams
 from migsim.guest.catch_up import clear_zero, draw_hits, write_words
-from migsim.jit import kernel
+from migsim.jit import inner, kernel
 from migsim.kvm.bulk import has_tables, store_faulting, store_mapped, store_mapped_pml, store_writable_pml
 from migsim.planes import SUMMARY_WORDS, Words
 from migsim.units import CHUNK_PAGES, CHUNK_WORDS
@@ -29,13 +29,13 @@ from migsim.words import (
 )
 
 
-@kernel
+@inner
 def _silent(chunk: int, slot: SlotView) -> bool:
     """Does no store to the chunk fault, because all of it is marked and unprotected?"""
     return bool(slot.log_full[chunk - slot.offset] != 0 and slot.silent)
 
 
-@kernel
+@inner
 def draw_chunk(
     chunk: int, streams: Streams, slot: SlotView, block: BlockView, hits: Words, summary: Words, scratch: Words
 ) -> bool:
@@ -58,7 +58,7 @@ def draw_chunk(
     return bool(groups != ZERO)
 
 
-@kernel
+@inner
 def write_chunk(chunk: int, slot: SlotView, block: BlockView, hits: Words, summary: Words, counts: Ints) -> bool:
     """Let the writes drawn into `hits` happen. False: they must be stored page by page."""
     w0 = chunk * CHUNK_WORDS
@@ -73,7 +73,7 @@ def write_chunk(chunk: int, slot: SlotView, block: BlockView, hits: Words, summa
     return _silent(chunk, slot) or store_chunk(chunk - slot.offset, slot, hits, summary, counts)
 
 
-@kernel
+@inner
 def catch_up_chunk(
     chunk: int, streams: Streams, slot: SlotView, block: BlockView, hits: Words, summary: Words, scratch: Words,
     counts: Ints,
@@ -84,7 +84,7 @@ def catch_up_chunk(
     return write_chunk(chunk, slot, block, hits, summary, counts)
 
 
-@kernel
+@inner
 def _all_present(hits: Words, summary: Words, present: Words, w0: int) -> bool:
     """Is every page of `hits` mapped?"""
     groups = summary[SUMMARY_WORDS]
@@ -165,7 +165,7 @@ def harvest_chunk(chunk: int, slot: SlotView, block: BlockView, results: Ints) -
         _take_all(sc, slot, results)
 
 
-@kernel
+@inner
 def _count(words: Words, w0: int, n_words: int) -> int:
     total = ZERO
     for i in range(w0, w0 + n_words):
@@ -253,7 +253,7 @@ def check(stale: Words, stale_summary: Words, bmap: Words, chunk: int, first_pag
                     results[FIRST_LOST] = first_page + (i << 6) + lowest_bit(lost)
 
 
-@kernel
+@inner
 def _take_all(sc: int, slot: SlotView, results: Ints) -> None:
     """GET without manual protection: the bits just copied leave the log and their pages are protected."""
     if slot.pml:
@@ -304,7 +304,7 @@ def sync_chunks(
     return end
 
 
-@kernel
+@inner
 def _expect(chunk: int, slot: SlotView, block: BlockView) -> None:
     """Ask for the words that merging a chunk will touch, as far as its summaries know them."""
     sc = chunk - slot.offset
@@ -315,7 +315,7 @@ def _expect(chunk: int, slot: SlotView, block: BlockView) -> None:
         prefetch_words(slot.log_summary, s0, slot.log_summary[logged], slot.known, w0, slot.known, w0)
 
 
-@kernel
+@inner
 def _nothing(chunk: int, slot: SlotView, block: BlockView) -> bool:
     """Is nothing of the chunk marked anywhere, and does nothing differ?"""
     sc = chunk - slot.offset

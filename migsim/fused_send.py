@@ -20,7 +20,7 @@ from migsim.fused_views import (
     SlotView,
     Streams,
 )
-from migsim.jit import kernel
+from migsim.jit import inner, kernel
 from migsim.kvm.bulk import FLUSHES, HOLDS, REARMED, WALKS, rearm
 from migsim.migration.ram_kernels import (
     ELAPSED_PS,
@@ -69,7 +69,7 @@ def taken_words(sc: int, chunk: int, slot: SlotView, block: BlockView, taken: Wo
         taken[i] = mask[m0 + i] & slot.log[sc * CHUNK_WORDS + i]
 
 
-@kernel
+@inner
 def _words_taken(mask: Words, mask_summary: Words, m0: int, log: Words, w0: int) -> int:
     """How many words of the log a CLEAR with `mask` takes bits from."""
     taken, groups = 0, mask_summary[top_of(mask_summary, m0 >> 12)]
@@ -84,7 +84,7 @@ def _words_taken(mask: Words, mask_summary: Words, m0: int, log: Words, w0: int)
     return taken
 
 
-@kernel
+@inner
 def _expect(chunk: int, slot: SlotView, block: BlockView) -> None:
     """Ask for the words that the CLEAR and the sending of a chunk will touch."""
     top, s0, w0 = top_of(block.bmap_summary, chunk), chunk * SUMMARY_WORDS, chunk * CHUNK_WORDS
@@ -94,7 +94,7 @@ def _expect(chunk: int, slot: SlotView, block: BlockView) -> None:
     prefetch_words(block.bmap_summary, s0, groups, slot.log, in_slot, protection, in_slot)
 
 
-@kernel
+@inner
 def _forget_known(sc: int, slot: SlotView) -> None:
     """Zero the words of `known` that may not be."""
     groups = slot.known_summary[top_of(slot.known_summary, sc)]
@@ -108,7 +108,7 @@ def _forget_known(sc: int, slot: SlotView) -> None:
     drop_summary(slot.known_summary, sc)
 
 
-@kernel
+@inner
 def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, counts: Ints, results: Ints) -> int:
     """CLEAR of one chunk with what the last GET showed; what it cost in ps."""
     sc = chunk - slot.offset
@@ -162,7 +162,7 @@ def _clear_chunk(chunk: int, slot: SlotView, block: BlockView, costs: Costs, cou
     return cost_ps
 
 
-@kernel
+@inner
 def _leaves(slot: SlotView, sc: int, pages: int) -> int:
     """4K leaves of a chunk."""
     if slot.leaves.present_full[sc]:
@@ -197,7 +197,7 @@ def close_chunk(block: BlockView) -> None:
         block.bmap[i] = block.stale[i] = ONES
 
 
-@kernel
+@inner
 def _whole_words(at: int, byte_limit: int, time_limit_ps: int, costs: Costs, state: Ints) -> int:
     """How many words from `at` on go out whole, one after the other, before a limit could stop one: by division.
 
@@ -252,7 +252,7 @@ def send_open(
     return base + CHUNK_PAGES, END_OF_SPAN
 
 
-@kernel
+@inner
 def _count_page(state: Ints, costs: Costs, pages: int) -> None:
     state[TURNS] += pages
     state[USED] += pages * costs.normal_bytes

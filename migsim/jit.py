@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import njit
 
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False}
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False, "no_cfunc_wrapper": True}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,7 +24,16 @@ def kernel(function: Function) -> Function:
     Reference counts are left out (`_nrt`) because a chunk's visit passes hundreds of arrays along: counting them took
     half of a sparse round, and a third of the compiling. Whoever calls a kernel holds the arrays.
     """
-    compiled = njit(**_OPTIONS)(function)
+    return _compiled(function, _OPTIONS)
+
+
+def inner(function: Function) -> Function:
+    """A kernel that only kernels call: without the code that takes its hundred arrays out of Python objects."""
+    return _compiled(function, _OPTIONS | {"no_cpython_wrapper": True})
+
+
+def _compiled(function: Function, options: dict[str, Any]) -> Function:
+    compiled = njit(**options)(function)
     index = _cache_index(compiled)
     if index is not None:
         index._source_stamp = _fingerprint(index._source_stamp, function.__globals__)

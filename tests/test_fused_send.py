@@ -35,7 +35,7 @@ def block() -> Any:
 def test_an_open_chunk_goes_out_as_save_span_would_send_it(
     calls: list[tuple[int, int]], normal_ps: int, word_ps: int, normal_bytes: int
 ) -> None:
-    view, costs = block(), Costs(normal_ps, 7, word_ps, 0, 0, normal_bytes, 9, 0)
+    view, costs = block(), Costs(normal_ps, 7, word_ps, 0, 0, normal_bytes, 9, 0, 0)
     bmap, stale, zero = (np.full(CHUNK_WORDS, 2**64 - 1, dtype=np.uint64) for _ in range(3))
     sums, page = summary_of_ones(CHUNK_PAGES), 0
     for byte_limit, time_limit_ps in [*calls, (1 << 60, 1 << 60)]:

@@ -89,6 +89,27 @@ def next_dirty(words: Words, summary: Words, full: Flags, page: int, end: int, w
 
 
 @kernel
+def _may_go_whole(
+    count: int, normal_bytes: int, byte_limit: int, normal_ps: int, time_limit_ps: int, state: Ints
+) -> bool:
+    """Do the `count` dirty pages of a word, none of them zero, go out before a limit could stop one? Counts them then.
+
+    At most one clock check falls into a word: before a turn that is a multiple of 64.
+    """
+    if state[USED] + (count - 1) * normal_bytes > byte_limit:
+        return False
+    before = -state[TURNS] % TURNS_PER_CLOCK_CHECK
+    in_time = state[ELAPSED_PS] + before * normal_ps < time_limit_ps
+    if before < count and state[TURNS] + before != 0 and not in_time:
+        return False
+    state[TURNS] += count
+    state[USED] += count * normal_bytes
+    state[ELAPSED_PS] += count * normal_ps
+    state[NORMAL] += count
+    return True
+
+
+@kernel
 def save_span(
     bmap: Words,
     summary: Words,
@@ -126,43 +147,26 @@ def save_span(
         if end - (i << 6) < 64:
             todo &= (ONE << np.uint64(end - (i << 6))) - ONE
         state[ELAPSED_PS] += word_ps
-        count = np.int64(popcount(todo))
         plain = not has_zero or zero[i] & todo == ZERO
-        if plain and state[USED] + (count - 1) * normal_bytes <= byte_limit:
-            # a whole word at once; one clock check at most falls into it: before a turn that is a multiple of 64
-            turns = state[TURNS]
-            before = -turns % TURNS_PER_CLOCK_CHECK
-            in_time = state[ELAPSED_PS] + before * normal_ps < time_limit_ps
-            if before >= count or turns + before == 0 or in_time:
-                state[TURNS] = turns + count
-                state[USED] += count * normal_bytes
-                state[ELAPSED_PS] += count * normal_ps
-                state[NORMAL] += count
-                state[WAS_STALE] += np.int64(popcount(stale[i] & todo))
-                bmap[i] &= ~todo
-                stale[i] &= ~todo
-                todo = ZERO
+        if plain and _may_go_whole(int(popcount(todo)), normal_bytes, byte_limit, normal_ps, time_limit_ps, state):
+            state[WAS_STALE] += np.int64(popcount(stale[i] & todo))
+            bmap[i] &= ~todo
+            stale[i] &= ~todo
+            todo = ZERO
         while todo != ZERO:
-            bit = lowest_bit(todo)
-            page = (i << 6) + bit
+            mask = todo & (~todo + ONE)
             why = must_stop(state, byte_limit, time_limit_ps)
             if why != END_OF_SPAN:
-                return page, why
-            mask = ONE << np.uint64(bit)
-            todo &= ~mask
+                return (i << 6) + lowest_bit(todo), why
+            todo ^= mask
             bmap[i] &= ~mask
-            if stale[i] & mask:
-                state[WAS_STALE] += 1
-                stale[i] &= ~mask
+            state[WAS_STALE] += stale[i] & mask != ZERO
+            stale[i] &= ~mask
+            is_zero = has_zero and zero[i] & mask != ZERO
             state[TURNS] += 1
-            if has_zero and zero[i] & mask:
-                state[DUPLICATE] += 1
-                state[USED] += zero_bytes
-                state[ELAPSED_PS] += zero_ps
-            else:
-                state[NORMAL] += 1
-                state[USED] += normal_bytes
-                state[ELAPSED_PS] += normal_ps
+            state[DUPLICATE if is_zero else NORMAL] += 1
+            state[USED] += zero_bytes if is_zero else normal_bytes
+            state[ELAPSED_PS] += zero_ps if is_zero else normal_ps
         if bmap[i] == ZERO:
             lower_word(summary, i)
         page = (i + 1) << 6
