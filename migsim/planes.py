@@ -17,7 +17,7 @@ Words = NDArray[np.uint64]
 Flags = NDArray[np.uint8]
 
 ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-_STAGGER_WORDS = 72  # planes start on different cache sets: equal offsets modulo 4 KiB would alias (design.md 9)
+_STAGGER_WORDS = 72  # planes start on different cache sets: equal offsets modulo 4 KiB would alias
 _staggered = 0
 
 

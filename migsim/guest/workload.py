@@ -3,7 +3,7 @@
 Station 1 on the path of a dirty page. A stream writes pages of one range by one law (uniform, or a sequential sweep);
 hot/cold is two uniform streams, zipf one per weight class. The guest writes everywhere all the time, yet only what
 somebody looks at is drawn: each stream has a clock of writes made so far, each unit of memory remembers the clock at
-which it was last brought up to date, and whoever observes the unit draws the writes in between (design.md 3).
+which it was last brought up to date, and whoever observes the unit draws the writes in between.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def store_mapped(
     """Guest stores to the pages of `hits` in a slot logged by write protection.
 
     A store to a page without W takes the fast page fault: W is set and the page is marked. One to a page with W goes
-    through silently: it is marked already (kvm.md 3.5). D of these leaves is set since they were made. `summary` of
+    through silently: it is marked already. D of these leaves is set since they were made. `summary` of
     `hits`, `log_summary` of `log`; `w0`: the chunk's first word in the planes.
     """
     fast, groups, s0 = ZERO, summary[SUMMARY_WORDS], w0 >> 6
@@ -224,7 +224,7 @@ def _rearm_run(mask: Words, log: Words, protection: Words) -> np.uint64:
 def rearm(
     mask: Words, mask_summary: Words, m0: int, log: Words, protection: Words, w0: int, chunks: int, counts: Ints
 ) -> int:
-    """Take the bits of `mask` that are set in the log, and re-arm just those pages (kvm.md 3.6, 3.7).
+    """Take the bits of `mask` that are set in the log, and re-arm just those pages.
 
     `protection` is the W plane (write protection) or the D plane (PML). `m0`, `w0`: the first words in the mask and
     in the planes, each the first of a chunk; `chunks`: how many. Returns the pages re-armed. The log's summary may

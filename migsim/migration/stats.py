@@ -43,7 +43,7 @@ class MigrationStats:
     extra: Reply = field(default_factory=dict)  # xbzrle-cache, vfio, dirty-limit-*: by who models them
 
     def end_window(self, sent_bytes: int, sent_pages: int, elapsed_ns: int, limit_ms: int, switchover_bw: int) -> None:
-        """migration_update_counters: bandwidth and threshold of this window alone (qemu.md 1.4)."""
+        """migration_update_counters: bandwidth and threshold of this window alone."""
         elapsed_ms = max(1, elapsed_ns // NS_PER_MS)
         bandwidth = sent_bytes / elapsed_ms
         usable = float(switchover_bw // 1000) if switchover_bw else bandwidth
