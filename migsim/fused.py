@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from threading import Lock
-from typing import Protocol
 
 import numpy as np
 
 from migsim.fused_kernels import catch_up_chunks, harvest_chunk, store_chunk, sync_chunks
 from migsim.fused_send import close_chunk, send_pages, taken_words
+from migsim.fused_slots import Extent, LoggedSlot, any_zero
 from migsim.fused_views import (
     BITS,
     CLEAR_CALLS,
@@ -40,9 +39,8 @@ from migsim.fused_views import (
     SlotView,
     Streams,
 )
-from migsim.guest.memory import RamBlock
 from migsim.guest.workload import Workload
-from migsim.kvm.bulk import COUNTS_LEN, Leaves
+from migsim.kvm.bulk import COUNTS_LEN
 from migsim.migration.ram import BlockState, KvmSlot, Ram, SaveCosts, Saved, SaveLimits
 from migsim.migration.ram_kernels import (
     DUPLICATE,
@@ -59,46 +57,6 @@ from migsim.units import CHUNK_PAGES, CHUNK_WORDS, chunks_of
 from migsim.words import entry_of, top_of
 
 NEVER_NS = 1 << 62
-
-
-class LoggedSlot(Protocol):
-    """What of KVM's side of one memslot the fused loops work on: planes over its pages."""
-
-    log: Plane
-    writable: Plane
-    dirty: Plane
-    present: Plane
-    leaves: Leaves
-    tabled: np.ndarray[tuple[int], np.dtype[np.uint8]]
-    reach: np.ndarray[tuple[int], np.dtype[np.uint8]]
-    pml: bool
-    fast_path: bool
-    plain: bool
-    silent: bool
-    walks: bool
-
-    def make_tables(self, chunk: int, hits: Words, counts: Ints) -> None:
-        """What the slow page faults of stores to a chunk do above level 1."""
-
-    def reach_4k(self, chunk: int, taken: Words | None = None) -> None:
-        """What CLEAR of `taken` (None: of every page) does about the huge pages of a chunk."""
-
-    def harvested(self, taken: int) -> None:
-        """A GET without manual protection re-armed `taken` pages."""
-
-    def count(self, counts: Ints) -> None:
-        """Add the kernels' counts to KVM's statistics."""
-
-
-@dataclass
-class Extent:
-    """One memslot's part of a block, pages [first, end) of it, seen from both sides."""
-
-    kvm: LoggedSlot
-    slot: SlotView
-    block: BlockView
-    first: int
-    end: int
 
 
 class FusedRam(Ram):
@@ -161,7 +119,7 @@ class FusedRam(Ram):
         )  # fmt: skip
         view = BlockView(
             block.pages, block.first_page, block.first_chunk, bmap.words, state.bmap_summary, bmap.full,
-            state.clear_bmap, truth.words, truth_sum, truth.full, block.zero.words, block.zero.full, _any_zero(block),
+            state.clear_bmap, truth.words, truth_sum, truth.full, block.zero.words, block.zero.full, any_zero(block),
             verify, self._open_chunks[state.block.idstr],
         )  # fmt: skip
         return Extent(kvm, slot, view, first, first + pages)
@@ -388,11 +346,3 @@ def _results() -> Ints:
     results = np.zeros(RESULTS_LEN, dtype=np.int64)
     results[FIRST_LOST] = -1
     return results
-
-
-def _any_zero(block: RamBlock) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """uint8[chunks]: may a page of the chunk be zero?"""
-    out = block.zero.full.copy()
-    for chunk in np.flatnonzero(out == 0):
-        out[chunk] = np.count_nonzero(block.zero.words[block.zero.chunk_words(int(chunk))]) > 0
-    return out

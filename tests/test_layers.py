@@ -17,7 +17,7 @@ TYPES = {"units", "quantities", "scenario", "result"}
 KVM = GUEST | {"guest"}
 ENGINE = KVM | {"kvm", "migration", "perf", "scenario", "result", "quantities"}
 ASSEMBLY = {
-    "fused", "fused_kernels", "fused_send", "fused_views", "world", "qemu_costs", "qemu_options",
+    "fused", "fused_kernels", "fused_send", "fused_slots", "fused_views", "world", "qemu_costs", "qemu_options",
     "host_costs", "meters", "verdict", "expectation", "watch", "simulation", "dirty_rate", "ring_guest",
     "snapshot", "sides",
 }  # fmt: skip
