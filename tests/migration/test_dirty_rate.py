@@ -46,7 +46,8 @@ def measure(*commands: dict[str, Any], **tables: Any) -> tuple[DirtyRate, ...]:
 
 
 def test_page_sampling_skips_small_blocks_never_takes_the_last_page_and_breaks_from_8_tib_on() -> None:
-    assert len(sampled_pages(1000, 512, 0, 0)) == 0
+    assert len(sampled_pages(31, 16384, 0, 0)) == 0 and len(sampled_pages(32, 16384, 0, 0)) == 2
+    assert len(sampled_pages((64 << 20) // PAGE_SIZE, 512, 0, 0)) == 32, "as a live 7.2.22 does"
     assert len(sampled_pages(4 * GIB // PAGE_SIZE, 512, 0, 0)) == 2048
     assert sampled_pages(1 << 15, 16384, 0, 0).max() < (1 << 15) - 1
     assert not sampled_pages((1 << 31) + 1, 128, 0, 0).any(), "a negative range, which GLib answers with 0"
