@@ -218,7 +218,8 @@ class ShadowFaults:
         fmt, level, flush = self.mmu.fmt, page.key.level, False
         old = page.read(page.at(entry))
         if fmt.is_present(old):
-            same = fmt.is_leaf(old, level) and fmt.pfn(old) == pfn
+            # by gfn too: of two slots with the same memory each has a log of its own, and an rmap that finds the SPTE
+            same = fmt.is_leaf(old, level) and fmt.pfn(old) == pfn and page.gfns[entry] == gfn
             if prefetch and same:
                 return RetPf.SPURIOUS, old
             if not same:
@@ -248,7 +249,7 @@ class ShadowFaults:
             return
         first = entry & -PTE_PREFETCH
         for other in range(first, first + PTE_PREFETCH):
-            if self.mmu.fmt.is_present(page.read(page.at(other))):
+            if other == entry or self.mmu.fmt.is_present(page.read(page.at(other))):
                 continue
             if not self._prefetch_one(page, other):
                 return

@@ -113,9 +113,7 @@ class ShadowMmu:
                 changed = True
         return changed
 
-    def _change_range(
-        self, slot: Memslot, start: int, end: int, change: Change, min_level: int = PG_LEVEL_4K
-    ) -> bool:
+    def _change_range(self, slot: Memslot, start: int, end: int, change: Change, min_level: int = PG_LEVEL_4K) -> bool:
         """The same over all rmap heads of gfns [start, end), largest pages last."""
         changed = False
         for level in range(min_level, MAX_HUGEPAGE_LEVEL + 1):
@@ -191,12 +189,27 @@ class ShadowMmu:
                     self._change(slot, gfn + bit, PG_LEVEL_4K, lambda spte: self._rearm(spte, wrprot=wrprot))
 
     def collapse_slot(self, slot: Memslot) -> None:
-        """Drop every leaf of a direct table that could be mapped larger; the table stays, empty. Then flush."""
-        if not self.direct:
+        """Drop every leaf of a direct table that could be mapped larger; the table stays, empty. Then flush.
+
+        A nested guest's huge page is split into a direct table too. What follows a table of the guest's own stays.
+        """
+        if self._idle():
             return
         with self._write():
-            if self._drop_small_leafs(slot):
+            changed = self._drop_shadowed_small_leafs(slot)
+            if self.direct:
+                changed = self._drop_small_leafs(slot) or changed
+            if changed:
                 self.mmu.vm.flush_remote_tlbs_memslot(slot)
+
+    def _drop_shadowed_small_leafs(self, slot: Memslot) -> bool:
+        changed = False
+        for level, _, entry in self.rmap.shadowed_in(slot.as_id, slot.base_gfn, slot.end_gfn):
+            key = self.pages.by_pfn(entry.at.table_pfn).key
+            if key.direct and level < max_mapping_level(self.mmu, slot, max(key.gfn, slot.base_gfn)):
+                self.pages.drop_entry(entry)
+                changed = True
+        return changed
 
     def _drop_small_leafs(self, slot: Memslot) -> bool:
         changed = False
@@ -317,4 +330,3 @@ class ShadowMmu:
                     self.mmu.flush_gfn(entry.table, gfn, 1)
                     self._set(entry, gfn, PG_LEVEL_4K, change_pfn(self.mmu.fmt, old, pfn))
         return hit
-

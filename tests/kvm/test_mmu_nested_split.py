@@ -66,6 +66,29 @@ def test_a_nested_huge_page_is_split_when_logging_starts(mmu_guest, config: VmCo
     guest.close()
 
 
+@pytest.mark.parametrize("mmu", ["tdp", "shadow"])
+def test_ending_the_log_drops_the_small_pages_l2s_huge_page_was_split_to(mmu_guest, mmu: str) -> None:
+    guest = mmu_guest(replace(WP, mmu=mmu), pages=4096)
+    l2, fmt = huge(guest), guest.mmu.fmt
+    guest.write(L1)
+    l2.write_entry(guest.vcpu, L2, 1, GuestPte(L1))
+    l2.write_entry(guest.vcpu, L1, 0, GuestPte(DATA + 512))
+    guest.log()
+    for gfn in (3, 512):
+        l2.access(guest.vcpu, gfn * PAGE, write=True)
+    assert l2.walk(3)[1] == l2.walk(512)[1] == 1
+    flushes = guest.vm.stats.remote_tlb_flush_requests
+    guest.log(False)
+    assert guest.vm.stats.remote_tlb_flush_requests > flushes
+    assert not fmt.is_present(l2.walk(3)[0])
+    guest.check()
+    l2.access(guest.vcpu, 3 * PAGE, write=False)
+    assert l2.walk(3)[1] == 2
+    if mmu == "tdp":
+        assert fmt.is_present(l2.walk(512)[0]), "L1 itself maps that page small"
+    guest.close()
+
+
 def test_until_6_0_the_fault_splits_a_nested_guests_huge_page(mmu_guest) -> None:
     guest = mmu_guest(WP, pages=4096, vintage=TDP_5_19)
     l2 = huge(guest)
@@ -310,6 +333,40 @@ def test_a_fault_of_l2_maps_its_neighbours_too(mmu_guest, logged: bool) -> None:
     assert present == ([3] if logged else [0, 1, 2, 3, 4]), "until one that was never used; never to store into a log"
     assert [i for i in present if fmt.is_accessed(l2.walk(i)[0])] == [3]
     guest.check()
+    guest.close()
+
+
+def small(guest) -> NestedGuest:
+    """L1 maps L2's first 2M by a table of small pages, empty so far."""
+    guest.write(ROOT, L3, L2, L1)
+    l2 = NestedGuest(guest.vm, ROOT)
+    for table, to in ((ROOT, L3), (L3, L2), (L2, L1)):
+        l2.write_entry(guest.vcpu, table, 0, GuestPte(to))
+    return l2
+
+
+def test_neighbours_of_an_mmio_page_are_mapped_on_both_sides(mmu_guest) -> None:
+    guest = mmu_guest(level=1, pages=2048)
+    l2, fmt = small(guest), guest.mmu.fmt
+    for i in range(8):
+        l2.write_entry(guest.vcpu, L1, i, GuestPte(0x50000 if i == 2 else DATA + i))
+    l2.page_fault(guest.vcpu, 2, write=False)
+    assert [i for i in range(8) if fmt.is_present(l2.walk(i)[0])] == [0, 1, 3, 4, 5, 6, 7]
+    guest.close()
+
+
+def test_an_entry_moved_to_another_slot_with_the_same_memory_is_logged_there(mmu_guest) -> None:
+    guest, other = mmu_guest(level=1, pages=2048), 1 << 20
+    guest.vm.set_user_memory_region(2, 0, other * PAGE, 64 * PAGE, guest.hva + 64 * PAGE)
+    l2 = small(guest)
+    l2.write_entry(guest.vcpu, L1, 0, GuestPte(64, access=ACC_ALL & ~ACC_WRITE))
+    l2.access(guest.vcpu, 0, write=False)
+    l2.write_entry(guest.vcpu, L1, 0, GuestPte(other))
+    l2.access(guest.vcpu, 0, write=True)
+    guest.vm.set_user_memory_region(2, 1, other * PAGE, 64 * PAGE, guest.hva + 64 * PAGE)
+    assert not guest.mmu.fmt.is_writable(l2.walk(0)[0])
+    guest.check()
+    guest.vm.host_discard(guest.hva + 64 * PAGE, PAGE)
     guest.close()
 
 
