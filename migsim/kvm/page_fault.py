@@ -43,8 +43,8 @@ def error_code(fault: PageFault) -> int:
 
 
 def count_result(mmu: MmuState, vcpu: VcpuSeam, result: RetPf, *, prefetch: bool = False) -> None:
-    """What a fault came to; of faults nobody took only those that mapped something count (Linux 5.19)."""
-    if result in _STAT_OF and (result == RetPf.FIXED or not prefetch):
+    """What a fault came to. KVM_PRE_FAULT_MEMORY counts nothing (Linux 6.11)."""
+    if result in _STAT_OF and not prefetch:
         mmu.stats.count_vcpu(vcpu.id, _STAT_OF[result])
 
 

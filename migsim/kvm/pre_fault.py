@@ -51,6 +51,8 @@ def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int, flags: int = 0) -> PreFaul
 
 def _one(vcpu: Vcpu, rest: PreFaultRange) -> int:
     """Map the page at the beginning of `rest`; returns how many bytes of `rest` it covers."""
+    if vcpu.vm.signal_pending():
+        raise kvm_error(EINTR, "a signal is pending")
     if not vcpu.vm.config.tdp or vcpu.l2 is not None:
         raise kvm_error(EOPNOTSUPP, "only an MMU that is indexed by guest-physical addresses can be pre-faulted")
     for _ in range(RETRIES_MAX):
