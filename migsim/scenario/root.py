@@ -37,6 +37,10 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
         migration = self.migration
         if self.guest.device and migration.compat == "7.2":
             raise ScenarioError("guest.device", 'VFIO migration is that of QEMU 8.1 and later; use compat = "10.0"')
+        if self.guest.device and migration.is_snapshot:  # vfio_save_prepare
+            name = self.guest.device[0].name
+            problem = f"QEMU refuses it: {name}: VFIO migration is not supported with background snapshot"
+            raise ScenarioError("guest.device", problem, value=name)
         if migration.postcopy_recover_after is not None:
             self._check_recovery()
         try:
@@ -92,7 +96,7 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
         on, after = self.migration.capabilities, self.migration.postcopy_recover_after
         for broken, problem in (
             ("postcopy-ram" not in on, 'needs the capability "postcopy-ram"'),
-            (self.link.fail_at is None, 'needs link.fail-at, the time at which the connection dies'),
+            (self.link.fail_at is None, "needs link.fail-at, the time at which the connection dies"),
             ("release-ram" in on, 'cannot be: with "release-ram" the source gave away what it had sent'),
         ):
             if broken:

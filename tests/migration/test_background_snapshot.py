@@ -165,3 +165,9 @@ def test_what_cannot_be_is_refused(migration: dict[str, Any], problem: str) -> N
     with pytest.raises(ScenarioError) as error:
         run(migration=migration)
     assert problem in str(error.value)
+
+
+def test_qemu_refuses_a_snapshot_of_a_guest_with_a_vfio_device() -> None:
+    guest = {"memory": "64 MiB", "vcpus": 1, "device": [{"name": "0000:b1:00.2", "stop-copy": "1 MiB"}]}
+    with pytest.raises(ScenarioError, match="b1:00.2: VFIO migration is not supported with background snapshot"):
+        build({"guest": guest, "migration": {"capabilities": ["background-snapshot"]}})
