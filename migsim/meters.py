@@ -125,8 +125,8 @@ class Meters:
         if sync in self._rows:
             return self._rows[sync]
         # Two syncs in one window: the first was over at once, at the pace of the round before.
-        before = max((known for known in self._rows if known < sync), default=None)
-        share = self._rows[before].guest_throughput_share if before is not None else 1.0
+        before = next((self._rows[known] for known in range(sync - 1, 0, -1) if known in self._rows), None)
+        share = before.guest_throughput_share if before is not None else 1.0
         return replace(_row(RoundCost()), guest_throughput_share=share)
 
     def totals(self) -> dict[str, object]:

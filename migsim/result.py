@@ -76,7 +76,9 @@ class Progress(Struct, frozen=True, kw_only=True):
     sync: int
     remaining_bytes: int
     total_bytes: int
-    rounds: tuple[Round, ...] = ()  # finished ones
+    rounds: tuple[Round, ...] = ()  # the last one may still be going on
+    time_limit_ns: int | None = None  # when the run is called off
+    downtime_limit_ms: int = 0  # in force
 
 
 class Result(Struct, frozen=True, kw_only=True, rename="kebab"):

@@ -176,6 +176,7 @@ class _Reporter:
         self.progress, self.scenario, self.ram, self.costs = progress, scenario, ram, costs
         self.world, self.meters, self.watch = world, meters, watch
         self.next_ns, self.first_pass = 0, not scenario.host.destination_prealloc
+        self.closed: list[Round] = []  # rounds that are over: a run that hovers has tens of thousands
 
     def __call__(self, loop: Precopy) -> None:
         if self.watch is not None:
@@ -194,9 +195,15 @@ class _Reporter:
             Progress(
                 now_ns=loop.now_ns, phase=loop.status, sync=loop.stats.dirty_sync_count,
                 remaining_bytes=loop.ram.dirty_pages * PAGE_SIZE, total_bytes=loop.ram.total_bytes,
-                rounds=tuple(_round(row) for row in loop.rounds),
+                rounds=self._rounds(loop), time_limit_ns=loop.limits.time_ns,
+                downtime_limit_ms=loop.knobs.downtime_limit_ms,
             )
         )  # fmt: skip
+
+    def _rounds(self, loop: Precopy) -> tuple[Round, ...]:
+        """Those so far, of which the last may still be going on."""
+        self.closed += map(_round, loop.rounds[len(self.closed) : -1])
+        return *self.closed, *map(_round, loop.rounds[-1:])
 
     def _price_pages(self, loop: Precopy) -> None:
         """The link's share of the moment; and once every page has been sent, the destination has memory for each."""
@@ -276,7 +283,7 @@ def _result(
         verify=checked,
         vcpu_dirty_limit=tuple(loop.limited),
         destination=destination_told(scenario, meters) if converged else {},
-        file=file_told(scenario, loop, costs) if converged and scenario.migration.to_file else {},
+        file=file_told(loop, costs) if converged and scenario.migration.to_file else {},
     )
 
 

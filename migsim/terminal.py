@@ -20,6 +20,8 @@ __all__ = ["ProgressBar", "summary"]
 
 _ROUNDS_SHOWN: Final = 24
 _BAR: Final = 24
+_ROUNDS_TOLD: Final = 8  # by which the progress bar tells whether a run gets further
+_PROGRESS: Final = 0.02  # less than that share between so many rounds is none
 _STALLS: Final = "vcpu-stalls."  # and the upper bound of a class of stalls, us
 _PLAIN_GROUPS: Final = ("memory", "operations")  # their members' names speak for themselves
 
@@ -213,16 +215,36 @@ class ProgressBar:
             form = "{desc} {percentage:3.0f}%|{bar}| {n:.0f} s simulated, {rate_fmt}, ETA {remaining}"
             self._bar = tqdm(total=1.0, unit="s", bar_format=form, leave=False, dynamic_ncols=True)
         self._bar.total = _end_estimate_s(now)
-        self._bar.set_description_str(f"{now.phase}, sync {now.sync}", refresh=False)
+        self._bar.set_description_str(_stands(now), refresh=False)
         self._bar.update(now.now_ns / NS_PER_S - self._bar.n)  # draws ten times a second at most
         if first:
             self._bar.refresh()
 
 
+def _shrinking(rounds: Sequence[Round]) -> bool:
+    """Do the last rounds leave less than those before? True while there are too few of them to tell."""
+    dirty = [r.dirty_pages for r in rounds[-2 * _ROUNDS_TOLD :]]
+    return len(dirty) < 2 * _ROUNDS_TOLD or min(dirty[_ROUNDS_TOLD:]) < min(dirty[:_ROUNDS_TOLD]) * (1 - _PROGRESS)
+
+
+def _stands(now: Progress) -> str:
+    """Phase and sync; of a run that gets no further, also by how much the downtime it expects is too long."""
+    stands = f"{now.phase}, sync {now.sync}"
+    if _shrinking(now.rounds):
+        return stands
+    expected = min(r.expected_downtime_ms for r in now.rounds[-_ROUNDS_TOLD - 1 : -1])
+    return f"{stands}, downtime {clock(expected * NS_PER_MS)}, limit {clock(now.downtime_limit_ms * NS_PER_MS)}"
+
+
 def _end_estimate_s(now: Progress) -> float:
-    """Simulated second at which the pages still dirty would all be sent, at the last round's (else the mean) rate."""
+    """Simulated second at which the pages still dirty would all be sent, at the last round's (else the mean) rate.
+
+    Where rounds no longer leave less than those before, nobody knows; the time-limit is what ends it at the latest.
+    """
     seconds = now.now_ns / NS_PER_S
-    rate = now.rounds[-1].bandwidth if now.rounds else 0.0
+    if now.time_limit_ns is not None and not _shrinking(now.rounds):
+        return max(seconds, now.time_limit_ns / NS_PER_S)
+    rate = next((r.bandwidth for r in reversed(now.rounds) if r.bandwidth), 0.0)
     if not rate and seconds:
         rate = (now.total_bytes - now.remaining_bytes) / seconds
     return seconds + (now.remaining_bytes / rate if rate > 0 else seconds + 1.0)

@@ -13,6 +13,8 @@ from migsim.scenario import Scenario
 from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
 
 _ALIKE = 0.02  # two rates that differ by less are told as one
+_NEAR = 2  # thresholds: what is left where a run is called hovering
+_HOVERS = 16  # rounds in a row
 
 PART_WORDS = {
     "stop": "stopping the vCPUs",
@@ -50,10 +52,12 @@ def verdict_of(
         if scenario.migration.is_snapshot:
             return f"{_snapshot(loop, when, rounds)}."
         syncs = counted(loop.stats.dirty_sync_count, "bitmap sync")
-        return f"{how} {when} after {syncs}; {_blackout(loop, parts)}."
+        short = _short(rounds)
+        near = f", {short} of them less than a second apart" if short >= _HOVERS else ""
+        return f"{how} {when} after {syncs}{near}; {_blackout(loop, parts)}."
     if loop.why == LINK:
         return _cut_off(loop, when)
-    return f"{_called_off(scenario, loop, when)}: {_limit(loop, rounds)}."
+    return f"{_called_off(scenario, loop, when)}: {_limit(loop, rounds)}{_hovering(rounds)}."
 
 
 def _snapshot(loop: Precopy, when: str, rounds: Sequence[Round]) -> str:
@@ -113,16 +117,53 @@ def _first(verify: Mapping[str, object]) -> str:
     return str(names[0]) if isinstance(names, list) and names else "?"
 
 
+def _short(rounds: Sequence[Round]) -> int:
+    """How many syncs of the running guest came less than a second before the next."""
+    return sum(r.duration_ns < NS_PER_S for r in rounds[:-1] if not r.stopped)
+
+
+def _last_at_threshold(rounds: Sequence[Round]) -> Sequence[Round]:
+    """The last rounds, all of them short and near the threshold that ends them; () if the run does not hover there."""
+    last = [r for r in rounds[-_HOVERS - 2 : -1] if not r.stopped][-_HOVERS:]
+    if len(last) < _HOVERS or any(r.duration_ns >= NS_PER_S for r in last):
+        return ()
+    near = all(r.dirty_pages * PAGE_SIZE < _NEAR * r.threshold_bytes for r in last)
+    return last if near else ()
+
+
+def _balance(some: Sequence[Round], after: Round) -> tuple[int, float]:
+    """Bytes/s dirtied and sent over `some` rounds, to the sync that begins `after`, which follows them."""
+    duration_ns = sum(r.duration_ns for r in some)
+    found = sum(r.new_dirty_pages for r in (*some[1:], after)) * PAGE_SIZE
+    return found * NS_PER_S // duration_ns, sum(r.transferred_bytes for r in some) * NS_PER_S / duration_ns
+
+
+def _hovering(rounds: Sequence[Round]) -> str:
+    """Said of a run that ends while a sync a moment finds just too much left."""
+    last = _last_at_threshold(rounds)
+    if not last:
+        return ""
+    expected = [r.expected_downtime_ms * NS_PER_MS for r in last]
+    span = f"{clock(min(expected))} to {clock(max(expected))}" if min(expected) < max(expected) else clock(expected[0])
+    return (
+        f"; it hovers at that threshold: {_short(rounds)} of {len(rounds)} syncs are less than a second apart, "
+        f"and the last {_HOVERS} expected a downtime of {span}"
+    )
+
+
 def _limit(loop: Precopy, rounds: Sequence[Round]) -> str:
     """What keeps it from converging: compare what gets dirty with what is sent, and the floor with the threshold."""
     seen = [r for r in rounds if r.duration_ns > NS_PER_S and r.sync > 1] or list(rounds)
-    last = seen[-1]
+    bandwidth = seen[-1].bandwidth
     # what a sync finds was dirtied in the round before it
     rates = [
         after.new_dirty_pages * PAGE_SIZE * NS_PER_S // before.duration_ns
         for before, after in pairwise(rounds)
         if before.duration_ns > NS_PER_S // 10
     ]
+    dirtied = max(rates[-3:], default=0)
+    if short := _last_at_threshold(rounds):  # one alone is a window or two long
+        dirtied, bandwidth = _balance(short, rounds[-1])
     if loop.devices.stop_copy >= loop.stats.threshold_bytes > 0:
         state, admits = in_words(loop.devices.stop_copy, "size"), in_words(loop.stats.threshold_bytes, "size")
         limit = loop.knobs.downtime_limit_ms
@@ -137,14 +178,13 @@ def _limit(loop: Precopy, rounds: Sequence[Round]) -> str:
             f"the devices' pre-copy state changes as fast as it is sent, {state} of it are left, "
             f"and the downtime-limit of {loop.knobs.downtime_limit_ms} ms admits {admits}"
         )
-    sent = in_words(round(last.bandwidth), "rate")
+    sent = in_words(round(bandwidth), "rate")
     if loop.stats.dirty_sync_count < 2:
         return f"the first pass over {in_words(loop.ram.total_bytes, 'size')} is not finished at {sent}"
     floor = in_words(loop.stats.dirty_bytes_last_sync, "size")
     need = in_words(max(1, loop.stats.threshold_bytes), "size")
-    dirtied = max(rates[-3:], default=0)
     balance = f" (the guest dirties {in_words(dirtied, 'rate')} of distinct pages, the migration sends {sent})"
-    if abs(dirtied - last.bandwidth) < _ALIKE * last.bandwidth:
+    if abs(dirtied - bandwidth) < _ALIKE * bandwidth:
         balance = f", as much as the migration sends between two ({sent})"
     return (
         f"each sync leaves {floor} dirty{balance}, "

@@ -102,3 +102,23 @@ def test_counters_show_their_unit_once():
     shown = ("lock-write-held", "1:45 min", "24 GiB", "vCPU stalls up to 4 us", "vCPU stalls above 1 s", "99.96%")
     assert [phrase for phrase in shown if phrase not in text] == []
     assert "-ns" not in text and "-bytes" not in text
+
+
+def test_the_bar_of_a_run_that_gets_no_further_ends_at_the_time_limit(capsys):
+    left = {"remaining_bytes": 10**9, "total_bytes": 2 * 10**9, "time_limit_ns": 3600 * 10**9}
+    stuck = tuple(msgspec.structs.replace(rounds(1)[0], sync=i + 1, dirty_pages=10**6 + i % 3) for i in range(40))
+    for told, phrase, there in ((stuck, "sync 40, downtime 1.234 s, limit 300 ms", True), (rounds(30), "limit", False)):
+        now = Progress(
+            now_ns=1800 * 10**9, phase="active", sync=len(told), rounds=told, downtime_limit_ms=300, **left
+        )  # fmt: skip
+        with ProgressBar(enabled=True) as bar:
+            bar.update(now)
+        err = capsys.readouterr().err
+        assert (phrase in err) == there and (" 50%|" in err) == there, err
+
+
+def test_a_long_table_keeps_its_first_and_last_rounds_and_counts_the_others():
+    lines = summary(result(rounds=rounds(500)), 120).splitlines()
+    at = next(i for i, line in enumerate(lines) if "more rounds" in line)
+    syncs = [int(line.split()[0]) for line in (*lines[at - 12 : at], *lines[at + 1 : at + 13])]
+    assert syncs == [*range(1, 13), *range(489, 501)] and "476 more rounds" in lines[at]

@@ -28,6 +28,10 @@ CASES = {
         ("the time-limit of 10 s: each sync leaves 32 MiB dirty, as much as", "300 ms admits 17."),
     ),
     "one round": ([*HOT, "migration.round-limit=1"], ("within the round-limit of 1 bitmap sync (",)),
+    "the threshold": (
+        [*HOT, "guest.workload.0.rate=40000 pages/s", "migration.time-limit=30 s"],
+        ("hovers at that threshold: ", "syncs are less than a second apart, and the last 16 expected a downtime of"),
+    ),
     "the operator": (["migration.cancel-after=500 ms"], ("Cancelled by the operator after 50",)),
     "a platform": (
         [*HOT, "migration.time-limit=2 h", "migration.platform=kubevirt"],
