@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migsim.expectation import surprises
+from migsim.quantities import counted
 from migsim.result import DowntimePart, Progress, Result, Round
 from migsim.scenario import Expect, load
 from migsim.terminal import ProgressBar, summary
@@ -55,7 +56,7 @@ def test_it_fits_the_terminal_and_stays_short(n, width):
     assert max(map(len, lines)) <= width
     assert len(lines) < 60
     if n > 24:
-        assert any(f"{n - 24} more rounds" in line for line in lines)
+        assert any(f"... {counted(n - 24, 'more round')} (" in line for line in lines)
 
 
 def test_a_throttle_gets_its_column_only_when_there_was_one():
