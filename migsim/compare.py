@@ -70,7 +70,7 @@ def _populate(scenario: Scenario, mmu: str, host: HostProfile) -> tuple[tuple[st
 
 def _why(scenario: Scenario, result: Result) -> str:
     """What this MMU did for the migration, by KVM's own counters and the rules its costs are charged by."""
-    if scenario.kvm.accel != "kvm":
+    if scenario.kvm.accel != "kvm" or result.interrupted:
         return ""
     rules = rules_for(scenario.kvm.mmu, default_kernel(scenario.kvm.mmu))
     said = (_faults(rules, scenario, result), _logging(result), _clear(rules, result), _hovering(result))

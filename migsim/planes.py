@@ -101,10 +101,6 @@ class Plane:
         for chunk in range(first // CHUNK_PAGES, (first + count - 1) // CHUNK_PAGES + 1):
             self.settle(chunk)
 
-    def set_all(self) -> None:
-        """Set every page, lazily."""
-        self.full[self.full == 0] = 1
-
     def clear_all(self) -> None:
         """Clear every page and give the memory back."""
         self.words = _virtual_zeros(len(self.words))

@@ -21,7 +21,7 @@ def destination_told(scenario: Scenario, meters: Meters) -> dict[str, object]:
     return {"status": "completed"} | meters.blocktime(writing)
 
 
-def file_told(scenario: Scenario, loop: Precopy, costs: QemuCosts) -> dict[str, object]:
+def file_told(loop: Precopy, costs: QemuCosts) -> dict[str, object]:
     """What a migration left in its file; `written-bytes` is more where pages were written again."""
     written = loop.stats.transferred
     if not costs.mapped_ram:

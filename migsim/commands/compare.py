@@ -46,7 +46,7 @@ def _by_mmu(arguments: argparse.Namespace) -> list[Column]:
     if len(arguments.files) != 1:
         raise ScenarioError("", f"--mmu takes one scenario, not {len(arguments.files)}")
     scenario = load(arguments.files[0], arguments.settings)
-    require_memory(scenario, verify=not arguments.no_verify)
+    require_memory(scenario)
     columns: list[Column] = []
     for column in by_mmu(scenario, seed=arguments.seed, verify=not arguments.no_verify):
         _stop_if_interrupted(column.result)
@@ -71,7 +71,7 @@ def _column(name: str, arguments: argparse.Namespace) -> Column:
 
     if not name.endswith(".json"):
         scenario = load(name, arguments.settings)
-        require_memory(scenario, verify=not arguments.no_verify)
+        require_memory(scenario)
         result = simulation.run(scenario, seed=arguments.seed, verify=not arguments.no_verify)
         _stop_if_interrupted(result)
         return Column(Path(name).stem, result)

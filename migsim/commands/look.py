@@ -26,7 +26,7 @@ def refuse_unwritable(path: str) -> None:
         raise ScenarioError("", f"the result cannot be written there: {reason}", file=path) from None
 
 
-def require_memory(scenario: Scenario, *, verify: bool = True) -> None:
+def require_memory(scenario: Scenario) -> None:
     """Raises ScenarioError if the model of this guest needs more memory than is free. Allocates nothing."""
     from migsim import simulation
 

@@ -56,7 +56,7 @@ def run_run(arguments: argparse.Namespace) -> int:
     if arguments.fault is not None and arguments.fault not in FAULT_NAMES:
         raise ScenarioError("--fault", f"must be one of {', '.join(FAULT_NAMES)}", value=arguments.fault)
     _refuse_outputs(arguments.json, arguments.trace)
-    require_memory(scenario, verify=not arguments.no_verify)
+    require_memory(scenario)
     if not arguments.quiet and (notice := compile_notice()) is not None:
         say(f"migsim: {notice}")
     result = _migrate(scenario, arguments)

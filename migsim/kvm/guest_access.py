@@ -44,13 +44,6 @@ class GuestAccess:
                 raise kvm_error(EFAULT, f"gpa {gpa:#x} cannot be written")
             done += length
 
-    def read_guest(self, gpa: int, n_bytes: int, vcpu: Vcpu | None = None) -> bytes:
-        """kvm_read_guest."""
-        parts = [self.read_page(gfn, offset, n, vcpu) for gfn, offset, n in pages_spanned(gpa, n_bytes)]
-        if None in parts:
-            raise kvm_error(EFAULT, f"gpa {gpa:#x} cannot be read")
-        return b"".join(part for part in parts if part is not None)
-
     # -- one page ----------------------------------------------------------------------------------------------------
 
     def write_page(self, gfn: int, offset: int, data: bytes, vcpu: Vcpu | None) -> bool:

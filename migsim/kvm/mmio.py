@@ -58,11 +58,6 @@ def mmio_gfn(fmt: SpteFormat, spte: int) -> int:
     return (low | high) >> PAGE_SHIFT
 
 
-def mmio_access(fmt: SpteFormat, spte: int) -> int:
-    """The ACC_* bits an MMIO SPTE keeps (none for EPT)."""
-    return spte & fmt.mmio_access
-
-
 def is_current(fmt: SpteFormat, spte: int, generation: int) -> bool:
     """Was this MMIO SPTE made under the present memslots?"""
     return mmio_generation(fmt, spte) == generation & generation_mask(fmt)

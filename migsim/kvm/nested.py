@@ -91,12 +91,11 @@ class NestedGuest:
         assert self.nested, "INVEPT is for L1's tables"
         self.unload(vcpu)
 
-    def load_cr3(self, vcpu: Any) -> None:
-        """MOV to CR3 with this root, no PCID: the vCPU's TLB and the shadow pages are brought up to date."""
-        self.flush(vcpu)
-
     def flush(self, vcpu: Any) -> None:
-        """A flush of the whole TLB by the guest (kvm_vcpu_flush_tlb_guest): shadow pages are the TLB it flushes."""
+        """A flush of the whole TLB by the guest (kvm_vcpu_flush_tlb_guest), as by MOV to CR3 without PCID.
+
+        Shadow pages are the TLB it flushes.
+        """
         assert not self.nested, "L2's flushes concern its own tables, which nobody shadows"
         root = self.load(vcpu)
         if root is not None:

@@ -7,7 +7,7 @@ page dirty, TLB flushes. A VM refuses what KVM refuses, in the same order, with 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from errno import EEXIST, EINVAL, EIO
 from types import TracebackType
@@ -18,7 +18,6 @@ from migsim.kvm.caps import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, Caps, reserved_entr
 from migsim.kvm.config import VmConfig
 from migsim.kvm.dirty_log import DirtyLog, LogKernel, UserBitmap, WordKernel
 from migsim.kvm.dirty_ring import DirtyRing, DirtyRings
-from migsim.kvm.exits import Exit, Op
 from migsim.kvm.guest_access import GuestAccess
 from migsim.kvm.host_mm import HostMm
 from migsim.kvm.log_invariants import log_violations
@@ -153,10 +152,6 @@ class Vm:
             raise OSError(9, os.strerror(9))
         if self.dead:
             raise kvm_error(EIO, "the VM is dead")
-
-    def run_together(self, work: Mapping[Vcpu, Sequence[Op]]) -> dict[Vcpu, Exit]:
-        """One vCPU after the other: a legal order of what real ones do at once."""
-        return {vcpu: vcpu.run(ops) for vcpu, ops in work.items()}
 
     # -- the VMM's own memory (see UserMemory) -----------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from migsim.units import pages_per_level
 WHOLE_ROOT_TABLES: Final = 64  # from here on a root is emptied at once and not entry by entry
 
 
-def zap_leafs(mmu: MmuState, root: Root, start: int, end: int, *, can_yield: bool = True, flush: bool = False) -> bool:
+def zap_leafs(mmu: MmuState, root: Root, start: int, end: int, *, flush: bool = False) -> bool:
     """Zap the leaves wholly or partly inside gfns [start, end); tables stay. True: a TLB flush is due.
 
     5.10 also zaps the tables that lie wholly inside. `flush`: one was due already; a yield does it. An invalid root
@@ -28,7 +28,7 @@ def zap_leafs(mmu: MmuState, root: Root, start: int, end: int, *, can_yield: boo
     assert mmu.lock.writer, f"zap of gfns {start:#x}..{end:#x} without the exclusive mmu_lock"
     with mmu.rcu.read():
         for it in for_each_tdp_pte(root, start, end):
-            if can_yield and cond_resched(mmu, it, flush=flush):
+            if cond_resched(mmu, it, flush=flush):
                 flush = False
                 continue
             if not it.is_leaf and not _table_goes_too(mmu, it, start, end):

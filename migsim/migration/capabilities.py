@@ -72,9 +72,6 @@ class HostFeatures:
     """What the host offers to the checks."""
 
     dirty_ring: bool = False  # the accelerator's dirty-ring-size is not 0
-    userfault_missing: bool = True  # a destination can do post-copy
-    userfault_wp: bool = True  # background snapshots
-    replication: bool = True  # COLO was built in
 
 
 def capabilities_of(compat: Compat) -> list[str]:
@@ -99,16 +96,15 @@ def merged(
         if name not in known:
             raise QmpError(f"Parameter 'capability' does not accept value '{name}'")
     taken = frozenset(n for n in known if asked.get(n, n in on))
-    check(taken, compat, host=host, parameters=parameters or {}, before=on)
+    check(taken, compat, host=host, parameters=parameters or {})
     return taken
 
 
 def check(
     on: Collection[str], compat: Compat, *, host: HostFeatures = HostFeatures(),
-    parameters: Mapping[str, Any] | None = None, before: Collection[str] = (),
+    parameters: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """migrate_caps_check over a whole set. Raises QmpError at the first conflict, in QEMU's order."""
-    del before  # postcopy-preempt and multifd must precede migrate-incoming: a destination's matter
     for broken, text in _conflicts(frozenset(on), compat, host, parameters or {}):
         if broken:
             raise QmpError(text)
@@ -123,10 +119,8 @@ def _conflicts(
     tls = bool(parameters.get("tls-creds"))
     snapshot = "background-snapshot" in on
     rows: list[tuple[bool, str]] = [
-        ("x-colo" in on and not host.replication, "QEMU compiled without replication module can't enable COLO"),
         ({"postcopy-ram", "x-ignore-shared"} <= on, "Postcopy is not compatible with ignore-shared"),
         (new and {"postcopy-ram", "multifd"} <= on, "Postcopy is not yet compatible with multifd"),
-        (snapshot and not host.userfault_wp, "Background-snapshot is not supported by host kernel"),
         *(
             (snapshot and name in on, f"Background-snapshot is not compatible with {name}")
             for name in SNAPSHOT_CONFLICTS

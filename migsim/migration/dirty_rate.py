@@ -21,7 +21,7 @@ from migsim.units import GIB, KIB, PAGE_SIZE
 
 __all__ = [
     "ASSUMED_NS", "BLOCK_MIN_BYTES", "dirty_bitmap_rate", "dirty_ring_rates", "page_sampling_rate",
-    "reply", "sampled_pages", "unmeasured",
+    "reply", "sampled_pages",
 ]  # fmt: skip
 
 BLOCK_MIN_BYTES: Final = 128 * KIB  # QEMU's comment says MiB, its shift by 10 KiB: a live 7.2.22 samples 64 MiB
@@ -71,11 +71,6 @@ def dirty_bitmap_rate(dirty_pages: int, elapsed_ms: int) -> int:
 def dirty_ring_rates(entries: Sequence[int], elapsed_ms: int) -> list[int]:
     """MiB/s of each vCPU from its ring entries; the total QEMU reports is their sum, each rounded down first."""
     return [dirty_bitmap_rate(count, elapsed_ms) for count in entries]
-
-
-def unmeasured() -> dict[str, Any]:
-    """query-dirty-rate of a fresh QEMU 7.2."""
-    return {"status": "unstarted", "sample-pages": 0, "mode": "page-sampling", "start-time": 0, "calc-time": 0}
 
 
 def reply(

@@ -19,7 +19,7 @@ MIGRATION_EVENTS: Final = ("MIGRATION", "MIGRATION_PASS")
 
 
 def qmp_events(
-    logged: Iterable[LoggedEvent], capabilities: Collection[str], *, side: str = "source", epoch_ns: int = 0
+    logged: Iterable[LoggedEvent], capabilities: Collection[str], *, side: str = "source"
 ) -> Iterator[dict[str, Any]]:
     """The events one side's monitor shows: all the source's but RESUME, which comes from where the guest goes on."""
     called_off = False
@@ -32,7 +32,7 @@ def qmp_events(
         event: dict[str, Any] = {"event": name}
         if data:
             event["data"] = dict(data)
-        event["timestamp"] = _timestamp(epoch_ns + now_ns)
+        event["timestamp"] = _timestamp(now_ns)
         yield event
 
 

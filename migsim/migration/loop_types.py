@@ -134,7 +134,6 @@ class Knobs:
     avail_switchover_bandwidth: int = 0
     max_postcopy_bandwidth: int = 0
     pause_before_switchover: bool = False
-    postcopy_ram: bool = False
     stop_first: bool = False  # mode cpr-reboot: the guest stands still from the start
     compat: str = "10.0"
 

@@ -14,10 +14,10 @@ from typing import Final
 from migsim.units import PAGE_SIZE
 
 __all__ = [
-    "BE64", "EOS", "FILE_HEADER", "IDSTR_MAX", "MULTIFD_FLUSH_MARKER", "MULTIFD_INIT", "MULTIFD_PACKET_PAGES",
+    "BE64", "EOS", "FILE_HEADER", "IDSTR_MAX", "MULTIFD_PACKET_PAGES",
     "NORMAL_PAGE", "PAGE_HEADER", "RAM_SECTION", "SECTION_FOOTER", "SECTION_HEADER", "section_start",
     "XBZRLE_HEADER", "ZERO_PAGE", "RamBlockName", "block_header", "configuration", "first_block_entry",
-    "multifd_packet", "multifd_packet_header", "ram_setup", "stream_setup", "xbzrle_page",
+    "multifd_packet", "multifd_packet_header", "ram_setup", "stream_setup",
 ]  # fmt: skip
 
 BE64: Final = 8
@@ -30,8 +30,6 @@ EOS: Final = BE64  # RAM_SAVE_FLAG_EOS, ends each RAM section
 SECTION_HEADER: Final = 1 + 4  # type, be32 section id
 SECTION_FOOTER: Final = 1 + 4  # 0x7e, be32 section id
 RAM_SECTION: Final = SECTION_HEADER + EOS + SECTION_FOOTER  # around the pages of one iterate call
-MULTIFD_FLUSH_MARKER: Final = BE64  # RAM_SAVE_FLAG_MULTIFD_FLUSH, once a scan of RAM (8.1 machine types and later)
-MULTIFD_INIT: Final = 64  # magic, version, uuid, id, padding: first on each channel
 MULTIFD_PACKET_PAGES: Final = (512 << 10) // PAGE_SIZE
 IDSTR_MAX: Final = 256
 
@@ -71,10 +69,9 @@ def first_block_entry(machine: str) -> int:
     return FILE_HEADER + configuration(machine) + section_start("ram") + BE64
 
 
-def ram_setup(blocks: Sequence[RamBlockName], *, postcopy_huge: bool = False, ignore_shared: bool = False) -> int:
-    """RAM's setup section: total size, one entry a block, EOS, framing. postcopy_huge: blocks on huge pages add 8."""
-    per_block = BE64 + (BE64 if postcopy_huge else 0) + (BE64 if ignore_shared else 0)
-    entries = sum(1 + len(block.idstr) + per_block for block in blocks)
+def ram_setup(blocks: Sequence[RamBlockName]) -> int:
+    """RAM's setup section: total size, one entry a block, EOS, framing."""
+    entries = sum(1 + len(block.idstr) + BE64 for block in blocks)
     return section_start("ram") + BE64 + entries + EOS + SECTION_FOOTER
 
 
@@ -83,15 +80,9 @@ def stream_setup(machine: str, blocks: Sequence[RamBlockName]) -> int:
     return FILE_HEADER + configuration(machine) + ram_setup(blocks)
 
 
-def xbzrle_page(encoded: int) -> int:
-    """A page sent as an XBZRLE delta of `encoded` bytes; the block header, if due, comes on top."""
-    assert 0 < encoded < PAGE_SIZE
-    return PAGE_HEADER + XBZRLE_HEADER + encoded
-
-
-def multifd_packet_header(pages_allocated: int = MULTIFD_PACKET_PAGES) -> int:
+def multifd_packet_header() -> int:
     """A packet's header always has room for a full packet's offsets: 1344 bytes, also for SYNC packets."""
-    return _MULTIFD_FIXED + BE64 * pages_allocated
+    return _MULTIFD_FIXED + BE64 * MULTIFD_PACKET_PAGES
 
 
 def multifd_packet(normal_pages: int) -> int:

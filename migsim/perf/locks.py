@@ -39,10 +39,6 @@ class Solution:
         """Mean time a visit queues at `station` before it is served."""
         return max(self.residence_ns[station] - self.service_ns[station], 0.0)
 
-    def waiting_share(self, station: int) -> float:
-        """Share of the customers' time spent queueing at `station`, 0..1."""
-        return self.waiting_ns(station) / self.cycle_ns if self.cycle_ns else 0.0
-
     def queue(self, station: int) -> float:
         """Mean number of customers at `station`, the one in service included (Little's law)."""
         return self.throughput * self.residence_ns[station]
@@ -63,18 +59,11 @@ class WriterSolution:
     free: Solution
     throughput: float
     wait_ns: float
-    held_share: float
 
     @property
     def cycle_ns(self) -> float:
         """Mean time of one customer round the network, the holds it was caught in included."""
         return self.free.customers / self.throughput if self.throughput > 0 else math.inf
-
-    @property
-    def waiting_share(self) -> float:
-        """Share of the customers' time that goes into queueing at the first station."""
-        work = self.free.cycle_ns - self.free.waiting_ns(0)
-        return max(1.0 - work / self.cycle_ns, 0.0)
 
 
 @njit(cache=True, nogil=True)
@@ -121,7 +110,7 @@ def with_writer(services: Sequence[float], think_ns: float, customers: int, writ
     free = solve(services, think_ns, customers)
     service = services[0]
     if writer.hold_ns <= 0 or service <= 0:
-        return WriterSolution(free, free.throughput, 0.0, 0.0)
+        return WriterSolution(free, free.throughput, 0.0)
     steady = free.queue(0)
     outside = free.cycle_ns - free.residence_ns[0]
     queued_ahead = steady
@@ -133,7 +122,7 @@ def with_writer(services: Sequence[float], think_ns: float, customers: int, writ
     served = queued_ahead + _served_while_away(free, outside, backlog, steady, writer.away_ns)
     period = writer.away_ns + wait + writer.hold_ns
     throughput = min(served / period, free.throughput)  # a writer in the way speeds nobody up
-    return WriterSolution(free, throughput, wait, writer.hold_ns / period)
+    return WriterSolution(free, throughput, wait)
 
 
 def _served_while_away(free: Solution, outside: float, backlog: float, steady: float, away: float) -> float:

@@ -30,7 +30,6 @@ BACKING_LEVELS: Final[Mapping[str, int]] = {
 }
 ADDRESS_BITS: Final = 52  # of a guest's physical addresses at most
 _PML_ENTRIES: Final = 512
-_PER_TABLE: Final = 512
 
 
 @dataclass(frozen=True)

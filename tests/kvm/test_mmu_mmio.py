@@ -127,7 +127,7 @@ def test_an_address_of_a_guest_with_paging_is_forgotten_by_its_flushes(mmu_guest
     tables.write_entry(guest.vcpu, 19, 5, GuestPte(OUTSIDE))
     paging.set_paging(tables)
     for forget in (
-        lambda: tables.invlpg(paging, 5 * PAGE), lambda: tables.load_cr3(paging), lambda: tables.flush(paging),
+        lambda: tables.invlpg(paging, 5 * PAGE), lambda: tables.flush(paging),
     ):  # fmt: skip
         assert paging.run([("r", 5 * PAGE, 0)]).reason == KVM_EXIT_MMIO
         generation = guest.vm.memslots(0).generation

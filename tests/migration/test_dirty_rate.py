@@ -18,7 +18,6 @@ from migsim.migration.dirty_rate import (
     page_sampling_rate,
     reply,
     sampled_pages,
-    unmeasured,
 )
 from migsim.migration.dirty_rate_commands import CalcDirtyRate, check_request, check_vcpu_limit
 from migsim.migration.parameters import QmpError
@@ -209,7 +208,6 @@ def test_calc_dirty_rate_refuses_what_qemu_refuses(request_: CalcDirtyRate, comp
 
 
 def test_qemu_7_2_refuses_page_sampling_in_the_same_words(qemu: Any) -> None:
-    assert qemu.answer("query-dirty-rate")["return"] == unmeasured()
     for seconds in (-1, 0, 1, 60, 61):
         for pages in (127, 128, 16384, 16385):
             request = CalcDirtyRate(seconds * 1000, "page-sampling", pages)

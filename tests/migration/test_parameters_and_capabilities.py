@@ -1,4 +1,4 @@
-"""Parameters and capabilities: defaults, ranges and refusals, against the fact sheet and against a real QEMU 7.2."""
+"""Parameters and capabilities: defaults, ranges and refusals, as told in QAPI and by a real QEMU 7.2."""
 
 from __future__ import annotations
 

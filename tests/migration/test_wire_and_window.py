@@ -44,7 +44,6 @@ def bare_pc(memory_mib: int, bandwidth: int, **migration: Any) -> Any:
 def test_sizes_of_page_zero_page_section_and_packet() -> None:
     assert (wire.NORMAL_PAGE, wire.ZERO_PAGE, wire.RAM_SECTION) == (4104, 9, 18)
     assert wire.multifd_packet_header() == 1344 and wire.multifd_packet(128) == 525_632
-    assert wire.xbzrle_page(10) == 8 + 3 + 10
 
 
 def test_setup_of_a_bare_7_2_pc_is_196_bytes() -> None:

@@ -10,7 +10,6 @@ from migsim.validate.backends import Backend
 from migsim.validate.case import Case, Context
 from migsim.validate.verdicts import CheckFailed, Skipped
 
-OPERATIONS_MIN = 20_000
 EXAMPLES_PER_BATCH = 100
 
 NOT_SHOWN = (

@@ -28,10 +28,10 @@ def cases(backend: Backend) -> Iterator[Case]:
     yield Case(SUITE, "a reader beside the writer", reader_beside, (DIRTY_RING, MMU))
 
 
-def _ready(rig: Rig, vcpus: int = 1) -> None:
+def _ready(rig: Rig) -> None:
     rig.ring(RING_BYTES)
     rig.slot(N_PAGES)
-    rig.vcpus(vcpus)
+    rig.vcpus(1)
 
 
 def order(context: Context, config: Mapping[str, Any]) -> None:

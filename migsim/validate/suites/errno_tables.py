@@ -34,7 +34,6 @@ EEXIST, E2BIG = refused("EEXIST"), refused("E2BIG")
 LOG = uapi.KVM_MEM_LOG_DIRTY_PAGES
 READONLY = uapi.KVM_MEM_READONLY
 GPA = 0x10_0000
-ANY_VALUE = Answer(None, "any value")
 
 
 @dataclass(frozen=True)
