@@ -241,7 +241,7 @@ class FusedRam(Ram):
         state, start = self._state, self.call_ns()
         state.fill(0)
         sums, why = state.tolist(), END_OF_SPAN
-        while self.dirty_pages and why == END_OF_SPAN:
+        while (self.dirty_pages or self.page) and why == END_OF_SPAN:
             extent, before = self._extent_here(), sums
             if extent is None:
                 why = self._send_plain(state, limits)

@@ -63,6 +63,27 @@ def test_the_fused_loops_count_what_the_page_at_a_time_path_counts(mode: dict[st
     assert seen(fused) == seen(paged)
 
 
+@pytest.mark.parametrize("backing", ["4K", "1G"])
+@pytest.mark.parametrize(
+    ("memory", "nodes"),
+    [(2, 1), (3, 1), (4, 1), (4, 2)],
+    ids=["a chunk", "chunks", "and a slot", "and slots and nodes"],
+)
+def test_a_scan_over_chunks_without_a_dirty_page_costs_both_paths_the_same(memory, nodes, backing: str) -> None:
+    """Only the first GiB is written to. Of 4 GiB the last lies in a memslot of its own, behind the hole."""
+    written = [{"pattern": "uniform", "rate": "3000 pages/s", "working-set": "4 MiB"}]
+    guest = {"memory": memory * GIB, "vcpus": 2, "backing": backing, "numa-nodes": nodes, "populated": 0.01}
+    what = build(
+        {
+            "guest": {**guest, "machine": "pc", "device-state": "64 KiB", "workload": written},
+            "migration": {"max-bandwidth": 0}, "link": {"bandwidth": "1 Gbit/s"},
+        }
+    )  # fmt: skip
+    fused, paged = simulation.run(what, seed=5), simulation.run(what, seed=5, page_at_a_time=True)
+    assert fused.converged and fused.rounds[-1].sent_pages, "the last search comes after a page"
+    assert seen(fused) == seen(paged)
+
+
 def test_the_three_mmus_migrate_the_same_memory_at_different_cost_and_the_report_says_what_their_tables_take() -> None:
     columns = list(by_mmu(scenario(backing="2M"), seed=5))
     results = {column.name: column.result for column in columns}

@@ -246,10 +246,13 @@ class Ram:
     # -- save (ram_save_iterate, ram_save_complete) ------------------------------------------------------------------
 
     def save(self, limits: SaveLimits) -> Saved:
-        """Send dirty pages from where the scan stands, wrapping round, until a limit or until none is left."""
+        """Send dirty pages from where the scan stands, wrapping round, until a limit or until none is left.
+
+        The search behind the last one runs to the block's end, and the next call starts there (last_page).
+        """
         vector = np.zeros(STATE_LEN, dtype=np.int64)
         why = END_OF_SPAN
-        while self.dirty_pages and why == END_OF_SPAN:
+        while (self.dirty_pages or self.page) and why == END_OF_SPAN:
             why = self._save_next(vector, limits)
         return Saved(
             int(vector[NORMAL]), int(vector[DUPLICATE]), int(vector[USED]), int(vector[ELAPSED_PS]), why
