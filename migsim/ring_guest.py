@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from migsim.guest.memory import RamBlock
-from migsim.kvm.ioctl import KVM_EXIT_DIRTY_RING_FULL, ring_creator
+from migsim.kvm.ioctl import KVM_EXIT_DIRTY_RING_FULL, enable_dirty_ring
 from migsim.kvm.vcpu import Vcpu
 from migsim.sim.prng import stream_key
 from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SHIFT
@@ -41,7 +41,7 @@ class RingGuest(World):
 
     def _set_capabilities(self) -> None:
         """The ring, and then no manual protection (QEMU enables either)."""
-        ring_creator(self.scenario.kvm.dirty_ring_size)(self.vm)
+        enable_dirty_ring(self.vm, self.scenario.kvm.dirty_ring_size)
 
     def start(self, now_ns: int) -> None:
         """What was written before is nobody's concern: every page is clean, as after a first look."""

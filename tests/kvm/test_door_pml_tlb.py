@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migsim.kvm.ioctl import KVM_EXIT_HLT, KVM_EXIT_MMIO, LOG_MODES, Vm, VmConfig
+from migsim.kvm.ioctl import KVM_EXIT_HLT, KVM_EXIT_MMIO, Vm, VmConfig
 from migsim.kvm.memory import Memory
 from migsim.kvm.pml import PML_LOG_NR_ENTRIES, PmlBuffer
 from migsim.kvm.tlb import Tlb, Translation
@@ -168,28 +168,6 @@ def test_a_dead_vm_answers_eio_and_a_closed_one_ebadf() -> None:
     with pytest.raises(OSError) as caught:
         vm.create_vcpu(0)
     assert caught.value.errno == errno.EBADF
-
-
-@pytest.mark.parametrize("mode", LOG_MODES, ids=lambda mode: mode.title)
-def test_every_logging_mode_reports_and_re_arms(mode: object) -> None:
-    from migsim.kvm.ioctl import LogMode
-
-    assert isinstance(mode, LogMode)
-    with Vm(VmConfig(pml=mode.pml)) as vm:
-        assert mode.supported(vm)
-        mode.create(vm)
-        vm.set_user_memory_region(1, 1, GPA, 100 * PAGE, vm.alloc_memory(100 * PAGE))
-        vcpus = [vm.create_vcpu(0), vm.create_vcpu(1)]
-        if mode.initially_set:
-            first = mode.collect(vm, vcpus, 1, 100)
-            assert int(np.bitwise_count(first).sum()) == 100
-            mode.clear(vm, 1, 100, first)
-        for page in (3, 70):
-            vcpus[0].run([("w", GPA + page * PAGE, 1)])
-            vcpus[1].run([("w", GPA + 99 * PAGE, 1)])
-            seen = mode.collect(vm, vcpus, 1, 100)
-            assert [int(word) for word in seen] == [1 << page if page < 64 else 0, 1 << 35 | (1 << 6) * (page == 70)]
-            mode.clear(vm, 1, 100, seen)
 
 
 @pytest.mark.parametrize("emulation", [False, True])

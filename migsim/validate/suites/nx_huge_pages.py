@@ -85,14 +85,19 @@ def no_recovery_while_logging(context: Context) -> None:
         context.verified(512)
 
 
+def _execute_from_three(rig: Rig) -> None:
+    """Two vCPUs; of three huge pages the first executes, which makes 4 KiB pages of them, and the second stores."""
+    rig.slot(3 * 512, 0)
+    rig.vcpus(2)
+    for page in range(3):
+        _touch(rig, "exec", page)
+        rig.store([page * 512 + 7], 1, 1)
+
+
 def recovery_flushes(context: Context) -> None:
     """After the worker has zapped a table no vCPU may use what it held."""
     with context.rig({"nx_huge_pages": True}, level=2) as rig:
-        rig.slot(3 * 512, 0)
-        rig.vcpus(2)
-        for page in range(3):
-            _touch(rig, "exec", page)
-            rig.store([page * 512 + 7], 1, 1)
+        _execute_from_three(rig)
         rig.must(Inside("recover_nx"))
         rig.check_inside()
         for page in range(3):
@@ -106,11 +111,7 @@ def recovery_flushes(context: Context) -> None:
 def recovery_yields(context: Context) -> None:
     """Where the worker lets others run between two tables, no vCPU may use what the tables so far held."""
     with context.rig({"nx_huge_pages": True}, level=2) as rig:
-        rig.slot(3 * 512, 0)
-        rig.vcpus(2)
-        for page in range(3):
-            _touch(rig, "exec", page)
-            rig.store([page * 512 + 7], 1, 1)
+        _execute_from_three(rig)
         sched = rig.vm.mmu.state.sched
         sched.need_resched, sched.resched = lambda: True, lambda: _no_stale_translation(rig)
         try:
