@@ -3,33 +3,21 @@
 Station 8 on the path of a dirty page. The loop is QEMU's migration_thread (7.2 and 10.0 migration.c): a round ends
 when what is left falls below the threshold that the last window set, not when nothing is left; then the bitmap is
 synced and the test made again. Time is virtual, integer ns, and moves only here. RAM, guest, link and the policies
-are arguments. Switch-over and post-copy, which end the loop, are in migration.switchover and migration.postcopy.
+are arguments. Switch-over and post-copy, which end the loop, are in
+migration.switchover and migration.postcopy; migration.periodic runs beside it, migration.platform_commands steers it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from migsim.migration import postcopy, switchover
+from migsim.migration import periodic, platform_commands, postcopy, switchover
 from migsim.migration.devices import DeviceSet
 from migsim.migration.failure import LINK, LinkFailure
 from migsim.migration.loop_types import Knobs, Limits, LoopCosts, Machine, RamState, RoundLog
-from migsim.migration.policies.dirty_limit import DirtyLimit, query_vcpu_dirty_limit
-from migsim.migration.policies.protocol import (
-    Cancel,
-    Command,
-    GuestThrottle,
-    MigrateContinue,
-    NoPlatform,
-    NoThrottle,
-    Period,
-    Platform,
-    Sample,
-    SetParameters,
-    SetVcpuDirtyLimit,
-    StartPostcopy,
-)
+from migsim.migration.policies.dirty_limit import DirtyLimit
+from migsim.migration.policies.protocol import GuestThrottle, NoPlatform, NoThrottle, Platform
 from migsim.migration.ram import NO_LIMITS, PS_PER_NS, Saved, SaveLimits
 from migsim.migration.stats import MigrationStats
 from migsim.migration.window import HostClock, Window, quantum
@@ -38,15 +26,8 @@ from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
 __all__ = ["Interrupted", "Knobs", "Limits", "LoopCosts", "Machine", "Precopy", "RamState", "RoundLog"]
 
 MAX_WAIT_PS = 50 * NS_PER_MS * PS_PER_NS
-RATE_PERIOD_MS = 1000  # between two evaluations of dirty-pages-rate and the throttle
 EOS_BYTES = 8
 FRAMING_BYTES = 10  # header and footer of a section around one call of the RAM handler
-_KNOBS = {
-    "max-bandwidth": "max_bandwidth",
-    "downtime-limit": "downtime_limit_ms",
-    "avail-switchover-bandwidth": "avail_switchover_bandwidth",
-    "max-postcopy-bandwidth": "max_postcopy_bandwidth",
-}
 
 
 class Interrupted(Exception):
@@ -88,23 +69,23 @@ class Precopy:
     def __post_init__(self) -> None:
         self.stats = MigrationStats(self.ram.total_bytes, expected_downtime_ms=self.knobs.downtime_limit_ms)
         self.window = Window()
-        self._set_quantum()
+        self.set_quantum()
         self.start_ms = 0
-        self._last_sync_ms: int | None = None
+        self.last_sync_ms: int | None = None
         self.period_dirty = 0  # pages found dirty since the last evaluation
         self.period_bytes = 0  # transferred until then
         self._next_poll_ns = self.platform.poll_interval_ns
-        self._next_limit_ns = 0
+        self.next_limit_ns = 0
         self.limited: list[dict[str, int]] = []  # query-vcpu-dirty-limit at the end of dirty-limit's last period
         self._first_deadline_ns = min([NO_LIMITS.ps, *self._deadlines()])
-        self._timer: tuple[int, int] = (0, 0)  # 9.2's sync timer: due ns, dirty_sync_count at its last tick
+        self.timer: tuple[int, int] = (0, 0)  # 9.2's sync timer: due ns, dirty_sync_count at its last tick
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def run(self) -> str:
         """Migrate. Final status: completed, cancelled, failed, or postcopy-paused."""
         for command in self.platform.before_migrate():
-            self._obey(command)
+            platform_commands.obey(self, command)
         if self.snapshot is not None:
             return self.snapshot(self)
         self._setup()
@@ -114,8 +95,8 @@ class Precopy:
             if not self.rate_exceeded() and self._iteration():
                 return self.status
             self.rate_limit()
-            self._sync_timer()
-            self._dirty_limit()
+            periodic.sync_timer(self)
+            periodic.dirty_limit(self)
             self._ask_platform()
             if self.progress is not None:
                 self.progress(self)
@@ -135,7 +116,7 @@ class Precopy:
         self.stats.setup_ns = (self.clock.ms(self.now_ns) - self.start_ms) * NS_PER_MS
         self.set_status("active")
         if self.throttle.sync_interval_ns is not None:
-            self._timer = (self.now_ns + self.throttle.sync_interval_ns, 0)
+            self.timer = (self.now_ns + self.throttle.sync_interval_ns, 0)
 
     def _iteration(self) -> bool:
         """migration_iteration_run: decide, or send for a while. True when the migration is over."""
@@ -177,7 +158,7 @@ class Precopy:
         """Are the window's bytes used up?"""
         return self.window.bytes > self.quantum
 
-    def _set_quantum(self) -> None:
+    def set_quantum(self) -> None:
         """Bytes of a window under the limit in force, which status and knobs decide."""
         knobs, after = self.knobs, self.status == "postcopy-active"
         self.quantum = quantum(knobs.max_postcopy_bandwidth if after else knobs.max_bandwidth)
@@ -210,7 +191,7 @@ class Precopy:
 
     def set_status(self, status: str) -> None:
         self.status = status
-        self._set_quantum()
+        self.set_quantum()
         self.event("MIGRATION", status=status)
 
     def event(self, name: str, **data: object) -> None:
@@ -232,8 +213,8 @@ class Precopy:
         """migration_bitmap_sync: its row, its event, and once a second the rate and the throttle."""
         self.close_round()
         start = self.now_ns
-        if self._last_sync_ms is None:
-            self._last_sync_ms = self.clock.ms(start)
+        if self.last_sync_ms is None:
+            self.last_sync_ms = self.clock.ms(start)
         self.stats.dirty_sync_count += 1
         before_ps = self.ram.get_ps()
         new = self.ram.sync()
@@ -245,49 +226,8 @@ class Precopy:
         self.period_dirty += new
         self.stats.dirty_bytes_last_sync = self.ram.dirty_pages * PAGE_SIZE
         self.rounds.append(RoundLog(self.stats.dirty_sync_count, start, self.ram.dirty_pages, new, stopped=stopped))
-        self._evaluate(self.clock.ms(self.now_ns))
+        periodic.evaluate(self, self.clock.ms(self.now_ns))
         self.event("MIGRATION_PASS", **{"pass": self.stats.dirty_sync_count})
-
-    def _evaluate(self, now_ms: int) -> None:
-        """Once more than 1 s has passed since the last time: throttle decision, dirty-pages-rate, a new period."""
-        assert self._last_sync_ms is not None
-        gone_ms = now_ms - self._last_sync_ms
-        if gone_ms <= RATE_PERIOD_MS:
-            return
-        sent = self.stats.transferred - self.period_bytes
-        wanted = self.throttle.after_period(Period(self.period_dirty * PAGE_SIZE, sent, self.now_ns))
-        if wanted is not None:
-            self.stats.cpu_throttle_percentage = wanted
-            if not self.guest_stopped:
-                self.machine.set_throttle(wanted)
-        self.stats.dirty_pages_rate = self.period_dirty * 1000 // gone_ms
-        self.ram.update_rates()
-        self._last_sync_ms, self.period_dirty, self.period_bytes = now_ms, 0, self.stats.transferred
-
-    def _sync_timer(self) -> None:
-        """QEMU 9.2: with auto-converge a sync is forced where a whole timer interval went by without one."""
-        interval = self.throttle.sync_interval_ns
-        if interval is None or self.now_ns < self._timer[0]:
-            return
-        count = self.stats.dirty_sync_count
-        if count > 1 and count == self._timer[1]:
-            self.sync()
-        self._timer = (self.now_ns + interval, self.stats.dirty_sync_count)
-
-    def _dirty_limit(self) -> None:
-        """dirty-limit's thread: once a period every limited vCPU's sleep moves towards its quota."""
-        limit = self.vcpu_limit
-        if limit is None or not limit.in_service or self.now_ns < self._next_limit_ns:
-            return
-        self._next_limit_ns = self.now_ns + limit.period_ns
-        rates = self.machine.vcpu_dirty_rates()
-        limit.adjust(rates)
-        self.limited = query_vcpu_dirty_limit(limit, [rate.mib_per_s for rate in rates])
-        self.machine.set_vcpu_sleeps([limit.sleep_us(vcpu) for vcpu in range(limit.vcpus)])
-        self.stats.extra |= {
-            "dirty-limit-throttle-time-per-round": limit.throttle_time_per_round_us(),
-            "dirty-limit-ring-full-time": limit.ring_full_us(),
-        }
 
     def close_round(self) -> None:
         if not self.rounds:
@@ -374,37 +314,8 @@ class Precopy:
         if self.now_ns < self._next_poll_ns:
             return
         self._next_poll_ns = self.now_ns + self.platform.poll_interval_ns
-        for command in self.platform.poll(self.sample()):
-            self._obey(command)
-
-    def sample(self) -> Sample:
-        """query-migrate as a platform reads it."""
-        stats = self.stats
-        return Sample(
-            now_ns=self.now_ns, status=self.status, remaining_bytes=self.ram.dirty_pages * PAGE_SIZE,
-            total_bytes=stats.total_bytes, transferred_bytes=stats.transferred, dirty_sync_count=stats.dirty_sync_count,
-            expected_downtime_ms=stats.expected_downtime_ms, mbps=stats.mbps, dirty_pages_rate=stats.dirty_pages_rate,
-            cpu_throttle_percentage=stats.cpu_throttle_percentage,
-        )  # fmt: skip
-
-    def _obey(self, command: Command) -> None:
-        """A QMP command of the platform."""
-        if isinstance(command, SetParameters):
-            known = {_KNOBS[name]: value for name, value in command.parameters.items() if name in _KNOBS}
-            self.knobs = replace(self.knobs, **known)  # type: ignore[arg-type]
-            self._set_quantum()
-        elif isinstance(command, StartPostcopy):
-            self.postcopy_asked = True
-        elif isinstance(command, Cancel):
-            self.why = command.reason or "migrate_cancel"
-        elif isinstance(command, SetVcpuDirtyLimit):
-            assert self.vcpu_limit is not None, "refused without dirty rings"
-            self.vcpu_limit.set_limit(command.mib_per_s, command.vcpu)
-            if not self.vcpu_limit.in_service:
-                self.limited = []
-                self.machine.set_vcpu_sleeps([0] * self.vcpu_limit.vcpus)
-        elif not isinstance(command, MigrateContinue) and not self.guest_stopped:
-            switchover.suspend(self, command.reason)
+        for command in self.platform.poll(platform_commands.sample(self)):
+            platform_commands.obey(self, command)
 
 
 assert NO_LIMITS.bytes > 0
