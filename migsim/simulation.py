@@ -48,7 +48,7 @@ ABOUT = {
     "final-sync": "KVM's log of every slot copied and merged",
     "suspended": "the guest was stopped before, and the migration went on",
     "clear": "KVM_CLEAR_DIRTY_LOG of each chunk before its first page, with no vCPU running",
-    "wire": "pages dirty at the stop, at line rate",
+    "wire": "pages dirty at the stop, as fast as the link or storage takes them",
     "device": "device state saved, sent and loaded",
     "vfio": "state of VFIO devices that only a stopped one gives",
     "flush": "last bytes on the way",

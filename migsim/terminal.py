@@ -104,7 +104,8 @@ def _downtime(result: Result, columns: int) -> str:
         return ""
     wide = max(len(part.name) for part in result.downtime)
     own = result.migration.get("downtime")
-    lines = [f"Blackout {clock(total)}" + ("" if own is None else f" (QEMU's own downtime: {own} ms)")]
+    title = "Stopped until saved" if result.file else "Blackout"
+    lines = [f"{title} {clock(total)}" + ("" if own is None else f" (QEMU's own downtime: {own} ms)")]
     for part in result.downtime:
         share = part.duration_ns / total if total else 0.0
         line = f"  {part.name:<{wide}}  {clock(part.duration_ns):>9}  {share:6.1%}  "

@@ -33,6 +33,8 @@ PART_WORDS = {
     "discard": "naming the dirty pages to the destination",
 }
 
+FILE_WORDS = {"wire": "the last dirty pages to storage"}
+
 
 def verdict_of(
     scenario: Scenario, loop: Precopy, rounds: Sequence[Round], parts: Sequence[DowntimePart],
@@ -48,13 +50,14 @@ def verdict_of(
         return f"Interrupted after {when} of simulated time and {done}; the rest is unknown."
     if loop.status == "completed":
         how = "Moves by post-copy in" if any(part.name == "discard" for part in parts) else "Converges in"
-        how = "Is saved to its file in" if scenario.migration.to_file else how
+        how = "Is saved to its file in" if loop.to_file else how
         if scenario.migration.is_snapshot:
             return f"{_snapshot(loop, when, rounds)}."
         syncs = counted(loop.stats.dirty_sync_count, "bitmap sync")
         short = _short(rounds)
         near = f", {short} of them less than a second apart" if short >= _HOVERS else ""
-        return f"{how} {when} after {syncs}{near}; {_blackout(loop, parts)}."
+        stood = _stays_stopped(loop, parts) if loop.to_file else _blackout(loop, parts)
+        return f"{how} {when} after {syncs}{near}; {stood}."
     if loop.why == LINK:
         return _cut_off(loop, when)
     return f"{_called_off(scenario, loop, when)}: {_limit(loop, rounds)}{_hovering(rounds)}."
@@ -89,14 +92,31 @@ def _blackout(loop: Precopy, parts: Sequence[DowntimePart]) -> str:
     QEMU's own `downtime` begins at the switch-over and, without a return path, ends before the destination runs.
     """
     down = sum(part.duration_ns for part in parts)
-    longest = max(parts, key=lambda part: part.duration_ns)
-    share = 100 * longest.duration_ns // max(1, down)
     over = down > loop.knobs.downtime_limit_ms * NS_PER_MS
     note = f", above the downtime-limit of {loop.knobs.downtime_limit_ms} ms" if over else ""
-    most = PART_WORDS[longest.name] + (f" by {loop.suspended_by}" if longest.name == "suspended" else "")
+    return f"the blackout is {clock(down)}{note}, {_most(loop, parts)}; {_final_sync(loop)}"
+
+
+def _stays_stopped(loop: Precopy, parts: Sequence[DowntimePart]) -> str:
+    """A guest saved to a file, which nobody resumes: its standstill has a beginning and no end."""
+    down = sum(part.duration_ns for part in parts)
+    after = loop.now_ns - down
+    since = f"{clock(after)} after the start" if after else "the start"
+    return f"the guest stays stopped, since {since}; saving took {clock(down)} from there, {_most(loop, parts)}; {_final_sync(loop)}"
+
+
+def _most(loop: Precopy, parts: Sequence[DowntimePart]) -> str:
+    """The longest part of the standstill, and its share."""
+    longest = max(parts, key=lambda part: part.duration_ns)
+    share = 100 * longest.duration_ns // max(1, sum(part.duration_ns for part in parts))
+    by = f" by {loop.suspended_by}" if longest.name == "suspended" else ""
+    words = FILE_WORDS.get(longest.name) if loop.to_file else None
+    return f"{share} % of it {words or PART_WORDS[longest.name]}{by}"
+
+
+def _final_sync(loop: Precopy) -> str:
     new = loop.rounds[-1].new_dirty_pages * PAGE_SIZE
-    found = f"added {in_words(new, 'size')} to the pages left to send" if new else "found nothing new"
-    return f"the blackout is {clock(down)}{note}, {share} % of it {most}; the final sync {found}"
+    return "the final sync " + (f"added {in_words(new, 'size')} to the pages left to send" if new else "found nothing new")
 
 
 def _cut_off(loop: Precopy, when: str) -> str:

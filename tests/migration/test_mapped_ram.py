@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from migsim import simulation
 from migsim.migration.mapped_ram import ALIGNMENT, HEADER, bitmap_bytes, file_bytes, places
 from migsim.migration.wire import RamBlockName
+from migsim.quantities import clock
 from migsim.result import Result
 from migsim.scenario import ScenarioError, build
 from migsim.terminal import summary
@@ -70,6 +71,17 @@ def test_nobody_resumes_the_guest_and_the_bitmap_belongs_to_the_blackout() -> No
     assert names.count("STOP") == 1 and "RESUME" not in names
     assert {part.name for part in result.downtime} == {"stop", "final-sync", "clear", "wire", "device", "flush"}
     assert "saved to its file" in result.verdict and "saved to its file" in summary(result, 80).replace("\n", " ")
+
+
+@pytest.mark.parametrize("mode", ["normal", "cpr-reboot"])
+def test_the_guest_of_a_file_is_said_to_stay_stopped_and_nothing_of_it_to_be_on_a_wire(mode: str) -> None:
+    result = run(storage={"bandwidth": "100 MB/s"}, migration={"mode": mode})
+    told = result.verdict + summary(result, 200)
+    assert "the guest stays stopped, since " in result.verdict and "Stopped until saved" in told
+    assert not any(words in told.lower() for words in ("blackout", "on the wire", "line rate"))
+    stood = clock(sum(part.duration_ns for part in result.downtime))
+    assert f"saving took {stood} from there" in result.verdict
+    assert ("to storage" in result.verdict) == (mode == "normal"), "longest is the whole copy where it stopped first"
 
 
 def test_storage_bandwidth_is_the_speed() -> None:
