@@ -93,14 +93,12 @@ def _start(loop: Precopy) -> bool:
     switchover.part(loop, "final-sync", loop.sync)
     loop.ram.round_out(loop.costs.host_page)
     loop.ram.enter_postcopy()
-    if loop.devices.devices:  # they cannot follow the guest: all of their state goes first
-        switchover.part(loop, "vfio", lambda: loop.sent_staged(*loop.devices.complete()))
     switchover.part(loop, "discard", lambda: _discard(loop))
     switchover.part(loop, "device", lambda: _package(loop))
     loop.stats.downtime_ns = (loop.clock.ms(loop.now_ns) - loop.clock.ms(start)) * NS_PER_MS
     if late_state:
         loop.set_status("postcopy-active")
-    switchover.resumed(loop, loop.devices.load_ns + loop.costs.postcopy_run_ns)
+    switchover.resumed(loop, loop.costs.postcopy_run_ns)
     return True
 
 

@@ -17,6 +17,11 @@ from migsim.units import NS_PER_S
 
 __all__ = ["Scenario"]
 
+_NOT_WITH_VFIO = {  # vfio_save_prepare; for post-copy from 8.2 on
+    "background-snapshot": "background snapshot",
+    "postcopy-ram": "postcopy migration",
+}
+
 
 class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     """Everything a run depends on, except the seed. Hashable and comparable by value."""
@@ -37,10 +42,11 @@ class Scenario(Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown
         migration = self.migration
         if self.guest.device and migration.compat == "7.2":
             raise ScenarioError("guest.device", 'VFIO migration is that of QEMU 8.1 and later; use compat = "10.0"')
-        if self.guest.device and migration.is_snapshot:  # vfio_save_prepare
-            name = self.guest.device[0].name
-            problem = f"QEMU refuses it: {name}: VFIO migration is not supported with background snapshot"
-            raise ScenarioError("guest.device", problem, value=name)
+        for capability, what in _NOT_WITH_VFIO.items():
+            if self.guest.device and capability in migration.capabilities:
+                name = self.guest.device[0].name
+                problem = f"QEMU refuses it: {name}: VFIO migration is not supported with {what}"
+                raise ScenarioError("guest.device", problem, value=name)
         if migration.postcopy_recover_after is not None:
             self._check_recovery()
         try:

@@ -167,7 +167,10 @@ def test_what_cannot_be_is_refused(migration: dict[str, Any], problem: str) -> N
     assert problem in str(error.value)
 
 
-def test_qemu_refuses_a_snapshot_of_a_guest_with_a_vfio_device() -> None:
+@pytest.mark.parametrize(
+    ("capability", "what"), [("background-snapshot", "background snapshot"), ("postcopy-ram", "postcopy migration")]
+)
+def test_qemu_refuses_a_snapshot_and_a_post_copy_of_a_guest_with_a_vfio_device(capability: str, what: str) -> None:
     guest = {"memory": "64 MiB", "vcpus": 1, "device": [{"name": "0000:b1:00.2", "stop-copy": "1 MiB"}]}
-    with pytest.raises(ScenarioError, match="b1:00.2: VFIO migration is not supported with background snapshot"):
-        build({"guest": guest, "migration": {"capabilities": ["background-snapshot"]}})
+    with pytest.raises(ScenarioError, match=f"b1:00.2: VFIO migration is not supported with {what}"):
+        build({"guest": guest, "migration": {"capabilities": [capability]}})
