@@ -102,7 +102,8 @@ def _stays_stopped(loop: Precopy, parts: Sequence[DowntimePart]) -> str:
     down = sum(part.duration_ns for part in parts)
     after = loop.now_ns - down
     since = f"{clock(after)} after the start" if after else "the start"
-    return f"the guest stays stopped, since {since}; saving took {clock(down)} from there, {_most(loop, parts)}; {_final_sync(loop)}"
+    told = f"the guest stays stopped, since {since}; saving took {clock(down)} from there"
+    return f"{told}, {_most(loop, parts)}; {_final_sync(loop)}"
 
 
 def _most(loop: Precopy, parts: Sequence[DowntimePart]) -> str:
@@ -116,7 +117,8 @@ def _most(loop: Precopy, parts: Sequence[DowntimePart]) -> str:
 
 def _final_sync(loop: Precopy) -> str:
     new = loop.rounds[-1].new_dirty_pages * PAGE_SIZE
-    return "the final sync " + (f"added {in_words(new, 'size')} to the pages left to send" if new else "found nothing new")
+    found = f"added {in_words(new, 'size')} to the pages left to send" if new else "found nothing new"
+    return f"the final sync {found}"
 
 
 def _cut_off(loop: Precopy, when: str) -> str:
