@@ -3,7 +3,7 @@
 A vCPU's cycle is think time (guest work, the exit, everything nobody else has to wait for) and one visit to each
 station. One customer class is solved by exact mean-value analysis (Reiser and Lavenberg, J. ACM 27, 1980): single
 servers, first come first served, exponential times. The migration thread is a second class with one customer, whose
-hold is thousands of times a fault's; `with_writer` solves that by time-scale decomposition instead: free, drain, hold.
+hold is a constant and may be thousands of times a fault's: `with_writer` follows the queue through the writer's period.
 
 Times are floats in nanoseconds, throughput is cycles a nanosecond.
 """
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
+
+from migsim.perf.writer import served_in_period
 
 __all__ = ["Solution", "Writer", "WriterSolution", "solve", "with_writer"]
 
@@ -83,6 +85,18 @@ def _mva(services: np.ndarray, think: float, customers: int, residence: np.ndarr
     return throughput
 
 
+@njit(cache=True, nogil=True)
+def _arrivals(others: np.ndarray, think: float, customers: int) -> np.ndarray:
+    """float64[customers + 1]: rate at which the first station is come to, by the number at it (Norton's theorem)."""
+    rates, queue = np.zeros(customers + 1), np.zeros(others.shape[0])
+    for outside in range(1, customers + 1):
+        cycle = think + np.sum(others * (1.0 + queue))
+        rates[customers - outside] = outside / cycle if cycle > 0.0 else np.inf
+        if cycle > 0.0:
+            queue = outside / cycle * others * (1.0 + queue)
+    return rates
+
+
 def solve(services: Sequence[float], think_ns: float, customers: int) -> Solution:
     """Exact MVA of `customers` in a network of queueing stations and one delay.
 
@@ -101,38 +115,14 @@ def solve(services: Sequence[float], think_ns: float, customers: int) -> Solutio
 def with_writer(services: Sequence[float], think_ns: float, customers: int, writer: Writer) -> WriterSolution:
     """The network when one writer keeps taking the first station, first come first served.
 
-    A period of the writer has three parts, in this order:
-    1. away: the queue left by the last hold drains, then the free steady state runs;
-    2. wait: the customers queued ahead of the writer are served, later ones queue behind it;
-    3. hold: nobody is served; those still thinking finish and queue.
-    Within a part the number queued follows its fluid limit, dn/dt = (N - n)/Z - 1/s.
+    Raises ValueError as `solve` does. What the writer meets and leaves behind is a chain over 0..customers queued, see
+    `migsim.perf.writer`.
     """
     free = solve(services, think_ns, customers)
-    service = services[0]
-    if writer.hold_ns <= 0 or service <= 0:
+    if writer.hold_ns <= 0 or services[0] <= 0:
         return WriterSolution(free, free.throughput, 0.0)
-    steady = free.queue(0)
-    outside = free.cycle_ns - free.residence_ns[0]
-    queued_ahead = steady
-    wait = queued_ahead * service
-    blocked = (
-        customers - (customers - queued_ahead) * math.exp(-(wait + writer.hold_ns) / outside) if outside else customers
-    )
-    backlog = max(blocked - queued_ahead, 0.0)
-    served = queued_ahead + _served_while_away(free, outside, backlog, steady, writer.away_ns)
+    arrivals = _arrivals(np.asarray(services[1:], dtype=np.float64), float(think_ns), customers)
+    served, wait = served_in_period(arrivals, float(services[0]), float(writer.hold_ns), float(writer.away_ns))
     period = writer.away_ns + wait + writer.hold_ns
     throughput = min(served / period, free.throughput)  # a writer in the way speeds nobody up
     return WriterSolution(free, throughput, wait)
-
-
-def _served_while_away(free: Solution, outside: float, backlog: float, steady: float, away: float) -> float:
-    """Customers served in `away` ns that start with `backlog` queued and tend to `steady`."""
-    capacity = 1.0 / free.service_ns[0]
-    target = free.customers - outside * capacity  # where the queue would settle with the server always busy
-    if backlog <= steady or target >= steady or outside <= 0:
-        return min(free.throughput * away + max(backlog - steady, 0.0), capacity * away)
-    drain = outside * math.log((backlog - target) / (steady - target))
-    if drain >= away:
-        return capacity * away
-    # While draining the server is never idle: full capacity, then the free rate.
-    return capacity * drain + free.throughput * (away - drain)

@@ -1,4 +1,4 @@
-"""The closed forms against theory's identities and against the same network played event by event."""
+"""The analyses against theory's identities and against the same network played event by event."""
 
 from __future__ import annotations
 
@@ -28,13 +28,20 @@ def throughput_of(
 ) -> tuple[float, float]:
     """Cycles a nanosecond and the mean time of one visit to the first station, after `warm_up` cycles.
 
-    writer: (hold, away) of one more customer that only visits the first station, constant times.
+    writer: (hold, away) of one more customer that only visits the first station, constant times. What is measured
+    begins and ends with the end of a hold then, so that no part of a period is counted twice.
     """
     env = simpy.Environment()
     rng = random.Random(seed)
     servers = [simpy.Resource(env) for _ in services]
-    state = {"done": 0, "start": 0.0, "first_visit": 0.0}
+    state = {"done": 0, "from": 0, "start": -1.0, "first_visit": 0.0}
     finished = env.event()
+
+    def look() -> None:
+        if state["start"] < 0.0 and state["done"] >= warm_up:
+            state["start"], state["from"] = env.now, state["done"]
+        if state["done"] >= warm_up + cycles and not finished.triggered:
+            finished.succeed()
 
     def vcpu() -> Generator[Any, Any, None]:
         while True:
@@ -47,10 +54,8 @@ def throughput_of(
                 if index == 0 and state["done"] >= warm_up:
                     state["first_visit"] += env.now - arrived
             state["done"] += 1
-            if state["done"] == warm_up:
-                state["start"] = env.now
-            if state["done"] == warm_up + cycles:
-                finished.succeed()
+            if writer is None:
+                look()
 
     def migration_thread(hold: float, away: float) -> Generator[Any, Any, None]:
         while True:
@@ -58,13 +63,15 @@ def throughput_of(
             with servers[0].request() as grant:
                 yield grant
                 yield env.timeout(hold)
+            look()
 
     for _ in range(customers):
         env.process(vcpu())
     if writer is not None:
         env.process(migration_thread(*writer))
     env.run(until=finished)
-    return cycles / (env.now - state["start"]), state["first_visit"] / cycles
+    done = state["done"] - state["from"]
+    return done / (env.now - state["start"]), state["first_visit"] / done
 
 
 _NS = st.floats(min_value=1, max_value=1e5)
@@ -148,16 +155,21 @@ def test_one_customer_never_waits(service: float, think: float, second: float) -
     assert solution.waiting_ns(0) == solution.waiting_ns(1) == 0.0
 
 
-@pytest.mark.parametrize("customers", [1, 2, 8])
-@pytest.mark.parametrize(("service", "think"), [(1000.0, 0.0), (1448.0, 3000.0), (163.0, 20_000.0)])
-@pytest.mark.parametrize(("hold", "away"), [(5e3, 1e4), (1e5, 1e5), (1e3, 1e5)])
-def test_a_writer_among_few_agrees_too(customers: int, service: float, think: float, hold: float, away: float) -> None:
-    """The fluid limit is for many; with few it stays within 3 %, and 2 % for the noise of so short a run."""
+@pytest.mark.parametrize("customers", [1, 2, 3, 4, 8, 32, 128, 416])
+@pytest.mark.parametrize("load", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize(("hold", "away"), [(30.0, 60.0), (600.0, 0.3), (600.0, 600.0), (6.0, 600.0)])
+def test_a_writer_among_few_or_many_agrees_within_3_percent(
+    customers: int, load: float, hold: float, away: float
+) -> None:
+    """load: service over a customer's share of the think time; hold and away in services."""
+    service = 163.0
+    think = customers * service / load
+    hold, away = hold * service, away * service
     found = with_writer((service,), think, customers, Writer(hold, away))
-    cycles = int(min(25_000, max(6_000, 50 * (hold + away) * found.throughput)))
-    how = {"cycles": cycles, "seed": 5, "warm_up": 500}
+    # Times of 10,000 exponential services vary by 1 %, less where holds, which are constant, fill the time.
+    how = {"cycles": 10_000, "seed": 5, "warm_up": 5 * customers}
     played, _ = throughput_of((service,), think, customers, writer=(hold, away), **how)  # type: ignore[arg-type]
-    assert played == pytest.approx(found.throughput, rel=0.05)
+    assert played == pytest.approx(found.throughput, rel=0.03)
 
 
 @given(
