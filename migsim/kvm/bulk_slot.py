@@ -12,19 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from migsim.kvm import bulk_stats
 from migsim.kvm.bulk import (
     EMPTY,
-    FLUSHES,
-    HOLDS,
     HUGE,
     HUGE_WRITABLE,
-    MAPPED,
     PF_FAST,
     PF_FIXED,
     PML_LOGGED,
-    REARMED,
     TABLE,
-    WALKS,
     Leaves,
 )
 from migsim.kvm.bulk_log import region_runs
@@ -308,15 +304,8 @@ class BulkSlot:
     # -- counting ----------------------------------------------------------------------------------------------------
 
     def flush(self, times: int) -> None:
-        """`times` flushes of all TLBs: one is enough to carry out, all are counted."""
-        if not times:
-            return
-        self._vm.flush_remote_tlbs()
-        stats, vcpus = self._vm.stats, len(self._vm.vcpus)
-        stats.remote_tlb_flush_requests += times - 1
-        stats.remote_tlb_flush += (times - 1) * bool(vcpus)
-        stats.tlb_flush += (times - 1) * vcpus
-        self._vm.meter.count("remote_tlb_flush", times - 1)
+        """Flush all vCPUs' TLBs so often."""
+        bulk_stats.flush(self._vm, times)
 
     def harvested(self, taken: int) -> None:
         """A GET without manual protection went through the whole slot and re-armed `taken` pages."""
@@ -327,30 +316,7 @@ class BulkSlot:
 
     def count(self, counts: NDArray[np.int64]) -> None:
         """Add what the kernels counted to KVM's statistics."""
-        sums = counts.tolist()
-        if not any(sums):
-            return
-        meter, vintage, slow = self._vm.meter, self._mmu.vintage, sums[PF_FIXED]
-        if slow or sums[PF_FAST]:
-            self._count_faults(sums[PF_FAST], slow, sums[MAPPED])
-        meter.count("pml_logged", sums[PML_LOGGED])
-        if slow:
-            meter.count("get_user_page", slow)
-            meter.count("mmu_lock_read" if vintage.shared_lock else "mmu_lock_write", slow)
-        meter.count("mmu_lock_write", sums[HOLDS])
-        self.flush(sums[FLUSHES])
-        if not vintage.tdp:
-            meter.count("rmap_add", slow)
-            meter.count("rmap_walk", sums[REARMED] + sums[WALKS])
-
-    def _count_faults(self, fast: int, slow: int, mapped: int) -> None:
-        stats = self._vm.stats
-        stats.pf_taken += fast + slow
-        stats.pf_fast += fast
-        stats.pf_fixed += fast + slow
-        stats.exits += fast + slow
-        stats.update_page_stats(PG_LEVEL_4K, mapped)
-        self._vm.meter.count("fast_page_fault", fast)
+        bulk_stats.count(self._vm, self._mmu, counts)
 
 
 def _regions_with(words: Words) -> Regions:
