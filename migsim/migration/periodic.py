@@ -11,8 +11,9 @@ from migsim.units import PAGE_SIZE
 if TYPE_CHECKING:
     from migsim.migration.precopy import Precopy
 
-__all__ = ["dirty_limit", "evaluate", "sync_timer"]
+__all__ = ["dirty_limit", "dirty_limit_cancelled", "evaluate", "sync_timer"]
 
+_THROTTLE_TIME, _RING_FULL_TIME = "dirty-limit-throttle-time-per-round", "dirty-limit-ring-full-time"
 RATE_PERIOD_MS = 1000  # between two evaluations of dirty-pages-rate and the throttle
 
 
@@ -54,7 +55,17 @@ def dirty_limit(loop: Precopy) -> None:
     limit.adjust(rates)
     loop.limited = query_vcpu_dirty_limit(limit, [rate.mib_per_s for rate in rates])
     loop.machine.set_vcpu_sleeps([limit.sleep_us(vcpu) for vcpu in range(limit.vcpus)])
-    loop.stats.extra |= {
-        "dirty-limit-throttle-time-per-round": limit.throttle_time_per_round_us(),
-        "dirty-limit-ring-full-time": limit.ring_full_us(),
-    }
+    if limit is loop.throttle:  # query-migrate tells of it under the capability alone, query-vcpu-dirty-limit always
+        loop.stats.extra |= {
+            _THROTTLE_TIME: limit.throttle_time_per_round_us(),
+            _RING_FULL_TIME: limit.ring_full_us(),
+        }
+
+
+def dirty_limit_cancelled(loop: Precopy) -> None:
+    """No vCPU has a quota any more: none sleeps, and nobody is told of quotas."""
+    assert loop.vcpu_limit is not None
+    loop.limited = []
+    loop.machine.set_vcpu_sleeps([0] * loop.vcpu_limit.vcpus)
+    for name in (_THROTTLE_TIME, _RING_FULL_TIME):
+        loop.stats.extra.pop(name, None)

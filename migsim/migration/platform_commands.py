@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from migsim.migration import switchover
+from migsim.migration import periodic, switchover
 from migsim.migration.policies.protocol import (
     Cancel,
     Command,
@@ -55,7 +55,6 @@ def obey(loop: Precopy, command: Command) -> None:
         assert loop.vcpu_limit is not None, "refused without dirty rings"
         loop.vcpu_limit.set_limit(command.mib_per_s, command.vcpu)
         if not loop.vcpu_limit.in_service:
-            loop.limited = []
-            loop.machine.set_vcpu_sleeps([0] * loop.vcpu_limit.vcpus)
+            periodic.dirty_limit_cancelled(loop)
     elif not isinstance(command, MigrateContinue) and not loop.guest_stopped:
         switchover.suspend(loop, command.reason)

@@ -11,6 +11,8 @@ from migsim import simulation
 from migsim.result import Result
 from migsim.scenario import ScenarioError, build
 
+LIFTED = {"at": "1500 ms", "dirty-rate": 0}
+
 
 def run(*capabilities: str, limits: Sequence[dict[str, Any]] = (), **migration: Any) -> Result:
     stream = {"pattern": "uniform", "rate": "40000 pages/s", "working-set": "120 MiB", "vcpus": 1}
@@ -55,6 +57,20 @@ def test_a_limit_set_by_command_holds_the_vcpu_it_names_and_is_told_until_it_is_
     assert held.vcpu_dirty_limit[0]["current-rate"] < 60
     assert freed.vcpu_dirty_limit == ()
     assert freed.rounds[1].new_dirty_pages > 2 * held.rounds[1].new_dirty_pages
+
+
+@pytest.mark.parametrize("compat", ["7.2", "10.0"])
+def test_query_migrate_tells_of_sleeps_under_the_capability_and_while_a_quota_is_in_force(compat: str) -> None:
+    short: dict[str, Any] = {"time-limit": "4 s", "postcopy-after": "2500 ms"}
+    told = {"dirty-limit-throttle-time-per-round", "dirty-limit-ring-full-time"}
+    by_command = run("postcopy-ram", **short, compat=compat, limits=[{"dirty-rate": 5}])
+    assert by_command.vcpu_dirty_limit and not told & set(by_command.migration)
+    if compat == "10.0":
+        on: dict[str, Any] = {"vcpu-dirty-limit": 5, "limits": [{"dirty-rate": 5}]}
+        held = run("dirty-limit", "postcopy-ram", **short, **on)
+        freed = run("dirty-limit", "postcopy-ram", **short, **on | {"limits": [*on["limits"], LIFTED]})
+        assert told <= set(held.migration) and not told & set(freed.migration)
+        assert freed.vcpu_dirty_limit == ()
 
 
 def test_a_limit_of_a_vcpu_that_writes_nothing_changes_nothing() -> None:
