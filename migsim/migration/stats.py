@@ -51,7 +51,8 @@ class MigrationStats:
         self.mbps = sent_bytes * 8.0 / (elapsed_ms / 1000.0) / 1e6
         self.pages_per_second = int(sent_pages / (elapsed_ms / 1000.0))
         if self.dirty_pages_rate and sent_bytes > 10_000:
-            self.expected_downtime_ms = int(self.dirty_bytes_last_sync / usable)
+            # below 1000 B/s QEMU divides by 0.0 and converts what comes out, which C leaves undefined: 0 here
+            self.expected_downtime_ms = int(self.dirty_bytes_last_sync / usable) if usable else 0
 
     def reply(self, status: str, remaining_pages: int) -> Reply:
         """query-migrate on the source in `status`."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from migsim import simulation
 from migsim.migration import wire
+from migsim.migration.stats import MigrationStats
 from migsim.migration.window import UNLIMITED, HostClock, Window, quantum
 from migsim.scenario import build
 from migsim.units import NS_PER_MS
@@ -109,3 +110,12 @@ def test_a_window_that_sleeps_ends_100_or_101_ms_after_it_began(start: int, phas
 
 def test_no_bandwidth_limit_means_no_quantum() -> None:
     assert quantum(0) == UNLIMITED and quantum(100_000_000) == 10_000_000
+
+
+@given(st.integers(1, 2000), st.integers(0, 10**9))
+def test_a_window_ends_with_any_avail_switchover_bandwidth(switchover_bw: int, dirty_bytes: int) -> None:
+    stats = MigrationStats(1 << 30, dirty_pages_rate=1, dirty_bytes_last_sync=dirty_bytes, expected_downtime_ms=300)
+    stats.end_window(20_000, 5, 100 * NS_PER_MS, 300, switchover_bw)
+    per_ms = switchover_bw // 1000
+    assert stats.threshold_bytes == per_ms * 300
+    assert stats.expected_downtime_ms == (dirty_bytes // per_ms if per_ms else 0)
