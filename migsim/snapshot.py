@@ -74,5 +74,5 @@ def snapshot_of(scenario: Scenario, ram: SnapshotRam, costs: QemuCosts) -> Calla
 
 
 def verified(ram: SnapshotRam, converged: bool) -> dict[str, object]:
-    """Each page saved once, before its first store: what a complete snapshot leaves over is lost."""
-    return {"lost-pages": ram.dirty_pages * converged, "pages-checked": ram.tracked.pages, "bits-verified": 0}
+    """What a complete snapshot leaves over is lost; its pages are counted, not followed, so none is compared."""
+    return {"lost-pages": ram.dirty_pages * converged, "pages-checked": 0, "bits-verified": 0}

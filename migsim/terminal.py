@@ -134,6 +134,8 @@ def _verified(result: Result) -> str:
     checked, bits = (result.verify.get(name, 0) for name in ("pages-checked", "bits-verified"))
     if lost:
         return f"Ground truth: {lost:,} PAGES LOST: {', '.join(map(str, result.verify.get('first-lost-pages', ())))}."
+    if not checked:
+        return "Ground truth: none left over; pages counted, not followed."
     return f"Ground truth: no page lost; {checked:,} pages checked, {bits:,} bits verified."
 
 

@@ -14,6 +14,7 @@ from migsim import simulation
 from migsim.migration.write_tracking import Segment, TrackedWrites, fault_wait_s
 from migsim.result import Result
 from migsim.scenario import ScenarioError, build
+from migsim.terminal import summary
 
 PAGE_S, RELEASE_S = 2e-6, 3e-6
 
@@ -174,3 +175,10 @@ def test_qemu_refuses_a_snapshot_and_a_post_copy_of_a_guest_with_a_vfio_device(c
     guest = {"memory": "64 MiB", "vcpus": 1, "device": [{"name": "0000:b1:00.2", "stop-copy": "1 MiB"}]}
     with pytest.raises(ScenarioError, match=f"b1:00.2: VFIO migration is not supported with {what}"):
         build({"guest": guest, "migration": {"capabilities": [capability]}})
+
+
+def test_a_snapshot_claims_no_page_that_was_not_compared() -> None:
+    result = run()
+    assert result.verify == {"lost-pages": 0, "pages-checked": 0, "bits-verified": 0}
+    told = summary(result, 100)
+    assert "pages counted, not followed" in told and "verified" not in told and "checked" not in told
