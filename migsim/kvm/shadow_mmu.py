@@ -223,8 +223,15 @@ class ShadowMmu:
                 for root in self.mmu.roots.valid(slot.as_id):
                     for gfn in whole_slot.leafs_of(self.mmu, root, slot, level):
                         if level < max_mapping_level(self.mmu, slot, gfn):
-                            changed = self._change(slot, gfn & -span, level, self._gone) or changed
+                            changed = self._drop_direct(slot, gfn & -span, level) or changed
         return changed
+
+    def _drop_direct(self, slot: Memslot, gfn: int, level: int) -> bool:
+        """The SPTEs of direct roots alone: what follows a guest's table is as small as the guest made it."""
+        direct = [entry for entry in self.rmap.entries(slot, gfn, level) if isinstance(entry.table, Root)]
+        for entry in direct:
+            self._set(entry, gfn, level, self.mmu.fmt.nonpresent)
+        return bool(direct)
 
     def _gone(self, spte: int) -> int:
         return self.mmu.fmt.nonpresent

@@ -323,6 +323,21 @@ def test_rights_of_l1_tables_add_up_along_the_walk(mmu_guest) -> None:
     guest.close()
 
 
+def test_the_end_of_the_log_leaves_what_follows_a_table_of_the_guest(mmu_guest) -> None:
+    """Only direct tables are looked at for what could be larger (sp->role.direct)."""
+    guest, far = mmu_guest(SHADOW_VM, pages=4096), 1024
+    l2 = nested(guest)
+    l2.write_entry(guest.vcpu, L1, 3, GuestPte(far + 3))
+    guest.log()
+    guest.write(far + 3)
+    l2.access(guest.vcpu, 3 * PAGE, write=True)
+    assert guest.mmu.fmt.is_present(guest.spte(far + 3)[0]) and guest.spte(far + 3)[1] == 1
+    guest.log(False)
+    assert not guest.mmu.fmt.is_present(guest.spte(far + 3)[0]), "the direct leaf could be larger"
+    assert guest.mmu.fmt.is_present(l2.walk(3)[0])
+    guest.close()
+
+
 def test_an_rmap_without_the_entry_to_remove_is_an_assertion(mmu_guest) -> None:
     guest = mmu_guest(level=1)
     l2 = nested(guest)
