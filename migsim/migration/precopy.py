@@ -241,9 +241,12 @@ class Precopy:
         """One RAM section: pages, then its framing. The header counts before the first page's test."""
         saved = self.ram.save(SaveLimits(limits.bytes - self.costs.section_header_bytes, limits.ps))
         framing = EOS_BYTES + FRAMING_BYTES
-        # 7.2 counts pages and, but for the last section, its end marker; later versions count the whole stream
-        counted = (0 if last else EOS_BYTES) if self.knobs.compat == "7.2" else framing
-        self._sent(saved.page_bytes + framing, counted=saved.page_bytes + counted, on_channels=saved.channel_bytes)
+        ram_bytes = saved.page_bytes + (0 if last else EOS_BYTES)  # ram_save_complete does not add its end marker
+        # `transferred` is no more than these in 7.2, and the whole stream in later versions
+        counted = ram_bytes if self.knobs.compat == "7.2" else saved.page_bytes + framing
+        self._sent(saved.page_bytes + framing, counted=counted)
+        self.stats.multifd_bytes += saved.channel_bytes
+        self._ram_transferred_add(ram_bytes - saved.channel_bytes)
         self.window.pages += saved.normal + saved.duplicate + saved.packed
         stats, row = self.stats, self.rounds[-1]
         stats.normal_pages += saved.normal
@@ -255,28 +258,27 @@ class Precopy:
         self.pass_time(-(-saved.elapsed_ps // PS_PER_NS) + self.costs.section_ns)
         return saved
 
-    def _sent(self, size: int, *, counted: int, on_channels: int = 0) -> None:
-        """`size` bytes on the stream, of which query-migrate's `transferred` sees `counted`.
-
-        precopy-, downtime- and postcopy-bytes are the main channel's; with multifd-bytes they add up to `transferred`.
-        """
-        stats = self.stats
+    def _sent(self, size: int, *, counted: int) -> None:
+        """`size` bytes on the stream, of which query-migrate's `transferred` sees `counted`."""
         self.window.bytes += size
-        stats.transferred += counted
-        stats.multifd_bytes += on_channels
-        main = counted - on_channels
-        if self.status == "postcopy-active":
-            stats.postcopy_bytes += main
-        elif self.guest_stopped:
-            stats.downtime_bytes += main
-        else:
-            stats.precopy_bytes += main
+        self.stats.transferred += counted
         if self.rounds:
             self.rounds[-1].transferred_bytes += counted
+
+    def _ram_transferred_add(self, size: int) -> None:
+        """precopy-, downtime- and postcopy-bytes: pages of the main channel, end markers, a file's bitmaps."""
+        stats = self.stats
+        if self.status == "postcopy-active":
+            stats.postcopy_bytes += size
+        elif self.guest_stopped:
+            stats.downtime_bytes += size
+        else:
+            stats.precopy_bytes += size
 
     def count_lost(self, pages: int, size: int) -> None:
         """Pages sent into a dead connection: counted, and still to be sent."""
         self._sent(size, counted=size)
+        self._ram_transferred_add(size)
         self.stats.normal_pages += pages
         self.rounds[-1].sent_pages += pages
 

@@ -60,7 +60,8 @@ def test_it_is_refused_in_a_sentence_or_ends_with_every_page_in_its_place(
     assert result.verify["lost-pages"] == 0
     if result.converged:
         ram = result.migration["ram"]
-        assert sum(ram[name] for name in PHASES) == ram["transferred"]
+        rest = ram["transferred"] - sum(ram[name] for name in PHASES)
+        assert rest == 0 if compat == "7.2" else rest > 0, "device state and framing are not RAM's"
         packed = result.migration.get("compression", {}).get("pages", 0)
         deltas = result.migration.get("xbzrle-cache", {}).get("pages", 0)
         assert ram["normal"] + ram["duplicate"] + packed + deltas >= 64 << 8, "every page went over at least once"
