@@ -45,6 +45,7 @@ class VmSeam(Protocol):
 
     stats: Stats
     host: HostMm
+    warnings: list[str]  # what the kernel would WARN about
 
     @property
     def config(self) -> VmConfig: ...

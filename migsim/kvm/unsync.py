@@ -41,7 +41,8 @@ class Unsync:
     def refuses_write(self, slot: Memslot, gfn: int, *, synchronizing: bool = False, prefetch: bool = False) -> bool:
         """mmu_try_to_unsync_pages: must a new mapping of gfn be write-protected? If not, what it shadows goes unsync.
 
-        While a page is being synced no other may go unsync; nor for a mapping that nobody asked for.
+        While a page is being synced no other may go unsync; nor for a mapping that nobody asked for. Tracking is of one
+        address space, shadow pages are found in all: KVM warns of an upper table of another and lets it be written.
         """
         if self._mmu.is_write_tracked(slot, gfn):
             return True
@@ -57,7 +58,9 @@ class Unsync:
                 return True
             # a fault of the TDP MMU holds mmu_lock only for read, so a lock of its own guards the marks
             with self._mmu.unsync_pages_lock:
-                assert page.key.level == PG_LEVEL_4K, f"{page!r} is not write-tracked"
+                if page.key.level != PG_LEVEL_4K:
+                    self._mmu.vm.warnings.append(f"{page!r} is not write-tracked in address space {slot.as_id}")
+                    continue
                 self._mmu.vm.trace("kvm_mmu_unsync_page", gfn=gfn, level=page.key.level)
                 self._mmu.stats.add("mmu_unsync")
                 page.unsync = True

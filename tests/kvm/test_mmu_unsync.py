@@ -140,6 +140,20 @@ def test_the_tables_are_protected_before_they_are_read_and_flushed_in_between(mm
     guest.close()
 
 
+@pytest.mark.parametrize("mmu", ["shadow", "tdp"])
+def test_a_store_from_smm_where_the_other_address_space_has_an_upper_table_is_warned_of(mmu_guest, mmu: str) -> None:
+    guest = mmu_guest(VmConfig(mmu=mmu), level=1)
+    guest.vm.set_user_memory_region(1 << 16 | 1, 0, 0, 64 * PAGE, guest.vm.alloc_memory(64 * PAGE))
+    l2 = nested(guest)
+    l2.access(guest.vcpu, 0, write=True)
+    guest.vcpu.smm = True
+    assert guest.vcpu.run([("w", L2 * PAGE, 1), ("w", L1 * PAGE, 1)]).done == 2
+    assert [f"gfn={L2}," in warning for warning in guest.vm.warnings] == [True]
+    assert guest.vm.stats.mmu_unsync == 1, "the table of level 1 goes out of step whoever may write its gfn"
+    guest.vcpu.smm = False
+    guest.close()
+
+
 def test_no_prefetch_makes_a_table_go_out_of_step(mmu_guest) -> None:
     """With tdp_mmu off a fault maps its neighbours: one that is a table of level 1 is mapped read-only."""
     guest = mmu_guest(replace(TDP, mmu="shadow"), level=1)
