@@ -254,7 +254,8 @@ class FusedRam(Ram):
                 self.dirty_pages -= sums[NORMAL] + sums[DUPLICATE] - before[NORMAL] - before[DUPLICATE]
             if self.page >= self.blocks[self.block_index].block.pages:
                 self.block_index, self.page = (self.block_index + 1) % len(self.blocks), 0
-        return Saved(sums[NORMAL], sums[DUPLICATE], sums[USED], sums[ELAPSED_PS], why)
+        elapsed_ps = sums[ELAPSED_PS] + (self.round_ps if why == END_OF_SPAN else 0)
+        return Saved(sums[NORMAL], sums[DUPLICATE], sums[USED], elapsed_ps, why)
 
     def _extent_here(self) -> Extent | None:
         """Where the scan stands; None in a block that KVM does not log."""

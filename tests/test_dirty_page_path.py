@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,3 +132,13 @@ def _note(thing: Any, name: str, order: list[str]) -> None:
         return step(*args, **kwargs)
 
     setattr(thing, name, noted)
+
+
+def test_the_search_gives_up_once_it_has_been_round_all_of_ram() -> None:
+    b = Bench()
+    b.ram.costs = replace(COSTS, word_ps=7)
+    assert b.ram.save(NO_LIMITS).elapsed_ps == 7, "nothing is dirty, and one word says so"
+    b.vcpu.run([("w", GFN << 12, 1)])
+    b.ram.sync()
+    assert b.ram.save(NO_LIMITS).elapsed_ps >= 1_000_000 + 2 * 7, "found in a word, and round again behind it"
+    b.vm.close()
