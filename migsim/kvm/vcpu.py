@@ -174,6 +174,7 @@ class Vcpu:
         """Steps 1 and 2: the translation used, or None: the access faults."""
         gfn, root = gpa >> PAGE_SHIFT, self.load_root()
         if self.l2 is not None:
+            assert self.l2.as_id == self.as_id, f"vCPU {self.id}: SMM begins with leaving the tables it ran on"
             with self.may_block():
                 self.l2.load(self)
         cached = self.tlb.lookup(self.l2 or root, gfn)

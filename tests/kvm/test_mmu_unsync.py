@@ -140,6 +140,21 @@ def test_the_tables_are_protected_before_they_are_read_and_flushed_in_between(mm
     guest.close()
 
 
+def test_an_smi_leaves_l2_before_smm_begins(mmu_guest) -> None:
+    """KVM leaves guest mode on an SMI: else an access would go through one address space and be logged in another."""
+    guest = mmu_guest(VmConfig(), level=1)
+    l2 = nested(guest)
+    guest.vm.set_user_memory_region(1 << 16 | 1, 0, 0, 64 * PAGE, guest.vm.alloc_memory(64 * PAGE))
+    guest.vcpu.enter_guest_mode(l2)
+    assert guest.vcpu.run([("w", 3 * PAGE, 1)]).done == 1
+    guest.vcpu.smm = True
+    with pytest.raises(AssertionError, match="vCPU 0: SMM begins with leaving the tables it ran on"):
+        guest.vcpu.run([("w", 3 * PAGE, 1)])
+    guest.vcpu.leave_guest_mode()
+    assert guest.vcpu.run([("w", 3 * PAGE, 1)]).done == 1
+    guest.close()
+
+
 @pytest.mark.parametrize("mmu", ["shadow", "tdp"])
 def test_a_store_from_smm_where_the_other_address_space_has_an_upper_table_is_warned_of(mmu_guest, mmu: str) -> None:
     guest = mmu_guest(VmConfig(mmu=mmu), level=1)
