@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from migsim import simulation
+from migsim.cli import main
 from migsim.result import Result, to_json
 from migsim.scenario import Scenario
 from migsim.scenario.load import build
-from migsim.validate.faults import FAULTS
+from migsim.validate.faults import CHANGED_NOTHING, FAULTS
 
 MIB = 1 << 20
 
@@ -140,3 +141,16 @@ def test_the_command_line_switches_a_step_off_and_exits_3() -> None:
     assert subprocess.run([*command, "no-protect", *small], cwd=root, check=False).returncode == 3
     refused = subprocess.run([*command, "no-protct", *small], cwd=root, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "must be one of" in refused.stderr
+
+
+def test_a_fault_that_lost_nothing_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    small = ["--set", "guest.memory=32MiB", "--set", "guest.workload.0.working-set=24MiB"]
+    idle = ["--set", "guest.workload=[]", "--set", "guest.memory=32MiB"]
+    tiny = str(Path(__file__).parents[1] / "configs" / "tiny.toml")
+    assert main(["run", tiny, "--fault", "no-final-sync", *idle]) == 0
+    told = "the fault changed nothing: nothing was written between the last two syncs"
+    assert capfd.readouterr().err.count(told) == 1
+    assert main(["run", tiny, "--fault", "no-final-sync", "--quiet", *idle]) == 0
+    assert main(["run", tiny, "--fault", "no-protect", *small]) == 3
+    assert "changed nothing" not in capfd.readouterr().err
+    assert set(FAULTS) == set(CHANGED_NOTHING)

@@ -61,6 +61,8 @@ def run_run(arguments: argparse.Namespace) -> int:
         say(f"migsim: {notice}")
     result = _migrate(scenario, arguments)
     _deliver(result, arguments)
+    if arguments.fault is not None and not arguments.quiet:
+        _say_if_harmless(result, arguments.fault)
     return result.exit_code
 
 
@@ -139,6 +141,14 @@ def _faulty(scenario: Scenario, name: str | None) -> dict[str, Any]:
         problem = f"--fault runs page at a time, for guests of up to {in_words(MEMORY_MAX, 'size')}"
         raise ScenarioError("guest.memory", problem, value=in_words(scenario.guest.memory, "size"))
     return {"page_at_a_time": True, "fault": FAULTS[name]}
+
+
+def _say_if_harmless(result: Result, name: str) -> None:
+    """A fault in a run that lost nothing all the same is not told apart from no fault otherwise."""
+    from migsim.validate.faults import CHANGED_NOTHING
+
+    if result.converged and result.verify and not result.verify["lost-pages"]:
+        say(f"migsim: the fault changed nothing: {CHANGED_NOTHING[name]}")
 
 
 def _deliver(result: Result, arguments: argparse.Namespace) -> None:

@@ -64,3 +64,10 @@ FAULTS: Final[dict[str, Callable[[World, Ram], None]]] = {
     "no-protect": no_protect,
     "no-final-sync": no_final_sync,
 }
+
+CHANGED_NOTHING: Final[dict[str, str]] = {  # why a run that took the fault may have lost no page
+    "clear-after-read": "no page was written between its reading and the CLEAR of its chunk, or CLEAR never waits",
+    "no-flush": "no page was written through a stale translation after it was sent",
+    "no-protect": "no page was written after it was sent, or its writes are not found by protecting it",
+    "no-final-sync": "nothing was written between the last two syncs, or only to pages that were still to be sent",
+}
