@@ -34,14 +34,14 @@ class ShadowPages:
     """mmu_page_hash and active_mmu_pages of one VM.
 
     `protect(slot, gfn)` takes W and MMU-writable of every 4K mapping of gfn, in both MMUs; True if a flush is due.
-    `sync(page)`: bring a page whose guest table was written unseen up to date; < 0: it cannot be, > 0: flush.
+    `sync(page)`: bring a page whose guest table was written unseen up to date; True: a flush is due.
     """
 
     def __init__(self, mmu: MmuState, rmap: Rmap, protect: Callable[[Memslot, int], bool]) -> None:
         self._mmu = mmu
         self.rmap = rmap
         self._protect = protect
-        self.sync: Callable[[ShadowPage], int] = lambda page: 0
+        self.sync: Callable[[ShadowPage], bool] = lambda page: False
         self._buckets: dict[int, list[ShadowPage]] = {}  # newest first, as hlist_add_head leaves them
         self._active: dict[int, ShadowPage] = {}  # by frame, oldest first
         self._held: dict[int, ShadowPage] = {}  # zapped, but still the root of some vCPU
@@ -92,8 +92,7 @@ class ShadowPages:
                 # The guest has made an upper table of what was one of level 1: that will be write-protected.
                 zapped += self.zap(page)
         if found is not None and found.has_gptes:
-            found, flush = self._fresh(found)
-            zapped += flush
+            zapped += self._freshen(found)
         if found is None:
             stats.add("mmu_cache_miss")
         if zapped:
@@ -101,15 +100,10 @@ class ShadowPages:
         stats.peak("max_mmu_page_hash_collisions", collisions)
         return found
 
-    def _fresh(self, page: ShadowPage) -> tuple[ShadowPage | None, int]:
-        """An unsync page is synced but stays unsync and writable for the guest; (None, 1) where that fails."""
-        flush = 0
-        if page.unsync:
-            flush = self.sync(page)
-            if flush < 0:
-                return None, self.zap(page)
+    def _freshen(self, page: ShadowPage) -> bool:
+        """An unsync page is synced but stays unsync and writable for the guest; True: a flush is due."""
         page.write_flooding = 0
-        return page, flush
+        return page.unsync and self.sync(page)
 
     def get(self, key: PageKey) -> ShadowPage:
         """The page that shadows `key`, made if missing (__kvm_mmu_get_shadow_page); mmu_lock is held for write."""

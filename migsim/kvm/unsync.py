@@ -89,7 +89,7 @@ class Unsync:
             for page, way in found:
                 if page.unsync and not page.invalid:
                     self._pages.unlink_unsync(page)
-                    flush = self._sync_or_zap(page) or flush
+                    flush = self.sync_page(page) or flush
                 _clear_marks(way)
             if flush:
                 vm.flush_remote_tlbs()
@@ -105,12 +105,6 @@ class Unsync:
         slot = self._mmu.vm.gfn_to_slot(page.key.as_id, page.key.gfn)
         assert slot is not None, f"{page!r}: the guest's table lies in no memslot"
         return self._protect(slot, page.key.gfn)
-
-    def _sync_or_zap(self, page: ShadowPage) -> bool:
-        flush = self.sync_page(page)
-        if flush < 0:
-            self._pages.zap(page)
-        return flush != 0
 
     def _walk(self, parent: ShadowPage) -> list[Found]:
         """Up to 16 pages of the tree that are out of step, each with its way; marks that lead nowhere are cleared."""
@@ -134,34 +128,34 @@ class Unsync:
             below += here
         return below
 
-    def sync_page(self, page: ShadowPage) -> int:
-        """Bring every entry into step (__kvm_sync_page): 0 nothing to flush, > 0 flush, < 0 the page has to go."""
+    def sync_page(self, page: ShadowPage) -> bool:
+        """Bring every entry into step (__kvm_sync_page); True: a flush is due."""
         assert page.has_gptes and page.key.level == PG_LEVEL_4K, f"{page!r} cannot be unsync"
-        flush = 0
+        flush = False
         for entry in tuple(page.sptes):
-            flush |= self.sync_spte(page, entry)
+            flush = self.sync_spte(page, entry) or flush
         return flush
 
-    def sync_spte(self, page: ShadowPage, entry: int) -> int:
+    def sync_spte(self, page: ShadowPage, entry: int) -> bool:
         """One entry (FNAME(sync_spte)): dropped where the guest's names another page or none, else given new rights."""
         fmt, old = self._mmu.fmt, page.read(page.at(entry))
         if old == fmt.nonpresent:
-            return 0
+            return False
         gpte = self._tables.usable(page.key, entry)
         if gpte is None:
             self._pages.drop(page, entry)
-            return 1
+            return True
         access = self._tables.rights(page.key, gpte)
         if fmt.is_mmio(old):
             generation = self._mmu.vm.memslots(page.key.as_id).generation
             same = mmio_gfn(fmt, old) == gpte.gfn
             new = make_mmio_spte(fmt, generation=generation, gfn=gpte.gfn, access=access) if same else fmt.nonpresent
             page.write(page.at(entry), new)
-            return 0
+            return False
         if gpte.gfn != page.gfns[entry]:
             self._pages.drop(page, entry)
-            return 1
-        return 0 if access == page.accesses[entry] else self._renew(page, entry, old, access)
+            return True
+        return access != page.accesses[entry] and self._renew(page, entry, old, access)
 
     def invalidate_addr(self, root: ShadowPage, gfn: int) -> None:
         """INVLPG: the entry for one page, if its table is out of step (kvm_mmu_invalidate_addr)."""
@@ -173,7 +167,7 @@ class Unsync:
                     self._mmu.vm.flush_remote_tlbs()
                 page = self._pages.child_at(page, entry) if page.unsync_children else None
 
-    def _renew(self, page: ShadowPage, entry: int, old: int, access: int) -> int:
+    def _renew(self, page: ShadowPage, entry: int, old: int, access: int) -> bool:
         """The same page with other rights; a flush is due if the MMU may no longer make it writable."""
         fmt, gfn = self._mmu.fmt, page.gfns[entry]
         slot = self._mmu.vm.gfn_to_slot(page.key.as_id, gfn)
@@ -190,7 +184,7 @@ class Unsync:
         page.accesses[entry] = access
         page.write(page.at(entry), made.spte)
         lost_page_state(self._mmu, old, made.spte, PG_LEVEL_4K)
-        return int(fmt.is_mmu_writable(old) and not fmt.is_mmu_writable(made.spte))
+        return fmt.is_mmu_writable(old) and not fmt.is_mmu_writable(made.spte)
 
 
 def _clear_marks(way: tuple[tuple[ShadowPage, int], ...]) -> None:
