@@ -32,9 +32,9 @@ class Round(Struct, frozen=True, kw_only=True, rename="kebab"):
     duration_ns: int = 0
     dirty_pages: int  # marked in QEMU's bitmap right after the sync: leftover + newly dirty
     new_dirty_pages: int = 0  # of these, found by this sync
-    sent_pages: int = 0  # whole pages that went over the wire with their data
+    sent_pages: int = 0  # pages that went with their data, with `compress` those that went packed as well
     zero_pages: int = 0  # pages that went as a zero record
-    transferred_bytes: int = 0  # on the wire, everything
+    transferred_bytes: int = 0  # what `transferred` gained; setup's bytes come before the first sync, in no round
     bandwidth: float = 0.0  # bytes/s over the round
     threshold_bytes: int = 0  # QEMU's threshold_size when the round ended
     expected_downtime_ms: int = 0  # QEMU's estimate when the round ended

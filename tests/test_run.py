@@ -124,6 +124,10 @@ def test_the_rounds_add_up_to_the_migration() -> None:
     ram = result.migration["ram"]
     assert sum(row.sent_pages for row in result.rounds) == ram["normal"]
     assert sum(row.zero_pages for row in result.rounds) == ram["duplicate"]
+    setup = ram["transferred"] - sum(row.transferred_bytes for row in result.rounds)
+    assert 0 < setup < 1000, "the stream before the first sync"
+    old = simulation.run(scenario(migration={"compat": "7.2"}))
+    assert sum(row.transferred_bytes for row in old.rounds) == old.migration["ram"]["transferred"]
     assert [row.sync for row in result.rounds] == list(range(1, ram["dirty-sync-count"] + 1))
     for before, after in zip(result.rounds, result.rounds[1:], strict=False):
         left = before.dirty_pages - before.sent_pages - before.zero_pages
