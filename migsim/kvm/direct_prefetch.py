@@ -5,7 +5,8 @@ Source: Linux 6.18, arch/x86/kvm/mmu/mmu.c (direct_pte_prefetch, kvm_mmu_prefetc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from migsim.kvm.host_mm import HostPage
 from migsim.kvm.levels import PageFault
@@ -15,8 +16,9 @@ from migsim.kvm.mmu_state import MmuState
 from migsim.kvm.page_state import mapped_page
 from migsim.kvm.rmap import RmapEntry
 from migsim.kvm.roots import Root
-from migsim.kvm.shadow_fault import PTE_PREFETCH
 from migsim.kvm.spte import ACC_ALL, ENTRIES, PG_LEVEL_4K
+
+PTE_PREFETCH: Final = 8
 
 Install = Callable[[RmapEntry, int, int, int], None]  # (where, gfn, level, SPTE)
 
@@ -31,11 +33,17 @@ def prefetch(mmu: MmuState, root: Root, fault: PageFault, install: Install) -> N
         return
     first = fault.gfn & -PTE_PREFETCH
     missing = [gfn for gfn in range(first, first + PTE_PREFETCH) if gfn != fault.gfn and _missing(mmu, root, gfn)]
-    while missing:
-        count = next((i for i in range(1, len(missing)) if missing[i] != missing[0] + i), len(missing))
-        if not _prefetch_run(mmu, root, missing[0], count, install):
+    for start, count in runs(missing):
+        if not _prefetch_run(mmu, root, start, count, install):
             return
-        missing = missing[count:]
+
+
+def runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of each run of consecutive numbers, which are in order."""
+    while numbers:
+        count = next((i for i in range(1, len(numbers)) if numbers[i] != numbers[0] + i), len(numbers))
+        yield numbers[0], count
+        numbers = numbers[count:]
 
 
 def _missing(mmu: MmuState, root: Root, gfn: int) -> bool:

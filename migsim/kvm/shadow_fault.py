@@ -7,8 +7,9 @@ FNAME(fetch), FNAME(pte_prefetch)) and mmu.c (mmu_set_spte).
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
+from migsim.kvm.direct_prefetch import PTE_PREFETCH, runs
 from migsim.kvm.guest_tables import GuestTables, GuestWalk
 from migsim.kvm.host_mm import HostPage
 from migsim.kvm.levels import PageFault, hugepage_adjust
@@ -25,8 +26,6 @@ from migsim.kvm.spte import ACC_WRITE, PG_LEVEL_4K, gfn_round, spte_index
 from migsim.kvm.tdp_mmu import RetPf, mark_made_writable, trace_mmio_spte, trace_set_spte, trace_spte_requested
 from migsim.kvm.unsync import Unsync
 from migsim.units import PAGE_SHIFT, pages_per_level
-
-PTE_PREFETCH: Final = 8
 
 
 class ShadowFaults:
@@ -244,31 +243,44 @@ class ShadowFaults:
     # -- prefetch ------------------------------------------------------------------------------------------------------
 
     def _prefetch(self, page: ShadowPage, entry: int) -> None:
-        """Map the aligned 8 entries around a 4K fault, old and unasked, until one cannot be (FNAME(pte_prefetch))."""
+        """Map the aligned 8 entries around a 4K fault, old and unasked, until one cannot be (FNAME(pte_prefetch)).
+
+        A direct page's go run by run of entries that are not there (__direct_pte_prefetch).
+        """
         if page.key.level > PG_LEVEL_4K or self.mmu.invalidate.in_progress:
             return
         first = entry & -PTE_PREFETCH
-        for other in range(first, first + PTE_PREFETCH):
-            if other == entry or self.mmu.fmt.is_present(page.read(page.at(other))):
-                continue
-            if not self._prefetch_one(page, other):
+        around = (other for other in range(first, first + PTE_PREFETCH) if other != entry)
+        missing = [other for other in around if not self.mmu.fmt.is_present(page.read(page.at(other)))]
+        for start, count in ((other, 1) for other in missing) if page.has_gptes else runs(missing):
+            if not self._prefetch_run(page, start, count):
                 return
 
-    def _prefetch_one(self, page: ShadowPage, entry: int) -> bool:
+    def _prefetch_run(self, page: ShadowPage, entry: int, count: int) -> bool:
+        """`count` entries, of the guest's one; False: nothing there can be mapped."""
         if page.has_gptes:
             gpte = self.tables.usable(page.key, entry)
             if gpte is None:
                 self.pages.drop(page, entry)
                 return False
-            gfn, access = gpte.gfn, self.tables.rights(page.key, gpte)
-        else:
-            gfn, access = page.key.gfn + entry, page.key.access
+            return self._prefetch_sptes(page, entry, count, gpte.gfn, self.tables.rights(page.key, gpte))
+        return self._prefetch_sptes(page, entry, count, page.key.gfn + entry, page.key.access)
+
+    def _prefetch_sptes(self, page: ShadowPage, entry: int, count: int, gfn: int, access: int) -> bool:
+        """As many of `count` entries, from gfn on, as the host has writable; none of a run that leaves the slot.
+
+        False: not one (kvm_mmu_prefetch_sptes).
+        """
         slot = self.mmu.vm.gfn_to_slot(page.key.as_id, gfn)
         if slot is None or slot.invalid or slot.readonly or (access & ACC_WRITE and slot.logging):
             return False
-        found = self.mmu.vm.host.get_user_page(slot.hva(gfn))
-        if not isinstance(found, HostPage) or not found.writable:  # only pages writable at once are taken
+        if gfn + count > slot.end_gfn:
             return False
-        self._set_spte(page, entry, gfn, found.pfn, access, slot, host_writable=True, prefetch=True, write=False)
-        mapped_page(self.mmu, found.pfn, writable=True)
+        for i in range(count):
+            found = self.mmu.vm.host.get_user_page(slot.hva(gfn + i))
+            if not isinstance(found, HostPage) or not found.writable:
+                return i > 0
+            at, here = entry + i, gfn + i
+            self._set_spte(page, at, here, found.pfn, access, slot, host_writable=True, prefetch=True, write=False)
+            mapped_page(self.mmu, found.pfn, writable=True)
         return True

@@ -186,6 +186,14 @@ def test_a_vm_with_too_many_shadow_pages_leaves_splitting_to_the_fault(mmu_guest
     guest.close()
 
 
+def test_of_a_huge_page_of_l1_a_run_of_neighbours_that_leaves_the_slot_is_left_out(mmu_guest) -> None:
+    guest = mmu_guest(pages=DATA + 4, level=1)
+    l2, fmt = huge(guest), guest.mmu.fmt
+    l2.access(guest.vcpu, PAGE, write=False)
+    assert [gfn for gfn in range(8) if fmt.is_present(l2.walk(gfn)[0])] == [0, 1], "2 to 7 end beyond the slot"
+    guest.close()
+
+
 def test_execution_in_l2_takes_the_huge_page_apart_and_recovery_puts_it_together(mmu_guest) -> None:
     guest = mmu_guest(replace(INTEL, nx_huge_pages=True), pages=4096)
     l2, stats = huge(guest), guest.vm.stats
