@@ -167,8 +167,9 @@ class ShadowFaults:
         child = self.pages.get(page.key.child(gfn, access, direct=True))
         self.pages.link(page, entry, child)
         if fault.huge_page_disallowed:
-            child.nx_disallowed = True
-            if fault.req_level >= page.key.level and (child, child.pfn) not in self.mmu.nx_shadow:
+            possible = fault.req_level >= page.key.level
+            child.nx_disallowed = child.nx_disallowed or possible or self.mmu.vintage.nx_tags_all
+            if possible and (child, child.pfn) not in self.mmu.nx_shadow:
                 self.mmu.nx_shadow.add(child, child.pfn)
                 self.mmu.stats.add("nx_lpage_splits")
         return child
@@ -257,7 +258,7 @@ class ShadowFaults:
                 return
 
     def _prefetch_run(self, page: ShadowPage, entry: int, count: int) -> bool:
-        """`count` entries, of the guest's one; False: nothing there can be mapped."""
+        """`count` entries (one, where the guest says what each maps); False: nothing there can be mapped."""
         if page.has_gptes:
             gpte = self.tables.usable(page.key, entry)
             if gpte is None:

@@ -79,26 +79,29 @@ class Unsync:
         """Bring all that hangs below `parent` into step, in rounds; False: broken off (EINTR), some is still to do.
 
         1 write-protect the guest's tables of a round, 2 flush, 3 sync the pages: a store before 2 is seen by 3, one
-        after it faults.
+        after it faults. What 3 makes stale goes with the next round's 2, or before the lock is let go.
         """
-        vm = self._mmu.vm
+        vm, flush = self._mmu.vm, False
         while found := self._walk(parent):
             if sum(self._protect_table(page) for page, _ in found):
                 vm.flush_remote_tlbs()
-            flush = False
+                flush = False
             for page, way in found:
                 if page.unsync and not page.invalid:
                     self._pages.unlink_unsync(page)
                     flush = self.sync_page(page) or flush
                 _clear_marks(way)
-            if flush:
-                vm.flush_remote_tlbs()
             if not self._mmu.sched.need_resched():
                 continue
+            if flush:
+                vm.flush_remote_tlbs()
+                flush = False
             if not can_yield:
                 return False
             with self._mmu.lock.dropped():
                 self._mmu.sched.resched()
+        if flush:
+            vm.flush_remote_tlbs()
         return True
 
     def _protect_table(self, page: ShadowPage) -> bool:

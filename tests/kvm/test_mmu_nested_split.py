@@ -209,6 +209,21 @@ def test_execution_in_l2_takes_the_huge_page_apart_and_recovery_puts_it_together
     guest.close()
 
 
+@pytest.mark.parametrize(("vintage", "level"), [(TDP, 1), (TDP_5_19, 2)], ids=lambda value: str(value))
+def test_what_execution_in_l2_made_small_stays_small_even_if_nothing_huge_was_possible_then(
+    mmu_guest, vintage, level: int
+) -> None:
+    guest = mmu_guest(replace(INTEL, nx_huge_pages=True), pages=4096, vintage=vintage)
+    l2 = huge(guest)
+    guest.mmu.track_writes(guest.slot, DATA + 300)
+    l2.access(guest.vcpu, 0, write=False, exec=True)
+    assert l2.walk(0)[1] == 1 and guest.vm.stats.nx_lpage_splits == 0
+    guest.mmu.untrack_writes(guest.slot, DATA + 300)
+    l2.access(guest.vcpu, 100 * PAGE, write=False)
+    assert l2.walk(100)[1] == level
+    guest.close()
+
+
 def test_nx_recovery_leaves_pages_of_logged_slots_in_l2_too(mmu_guest) -> None:
     guest = mmu_guest(replace(INTEL, nx_huge_pages=True), pages=4096)
     l2 = huge(guest)

@@ -256,10 +256,9 @@ def test_zapping_an_upper_page_takes_the_unsync_pages_below_along(mmu_guest, con
     guest.close()
 
 
-def test_a_sync_that_must_let_others_run_is_broken_off_and_goes_on_later(mmu_guest) -> None:
-    guest = mmu_guest(level=1)
-    l2 = nested(guest)
-    tables = range(200, 240)
+def forty_out_of_step(guest) -> NestedGuest:
+    """Of 40 tables of level 1 the first entry was mapped and then changed."""
+    l2, tables = nested(guest), range(200, 240)
     guest.write(*tables, 30)
     for i, table in enumerate(tables):
         l2.write_entry(guest.vcpu, L2, 10 + i, GuestPte(table))
@@ -267,6 +266,23 @@ def test_a_sync_that_must_let_others_run_is_broken_off_and_goes_on_later(mmu_gue
         l2.access(guest.vcpu, (10 + i) * 512 * PAGE, write=False)
         l2.write_entry(guest.vcpu, table, 0, GuestPte(DATA + 1))
     assert guest.vm.stats.mmu_unsync == 40
+    return l2
+
+
+def test_what_a_round_of_16_makes_stale_is_flushed_with_the_tables_of_the_next(mmu_guest) -> None:
+    guest = mmu_guest(level=1)
+    l2 = forty_out_of_step(guest)
+    l2.invept(guest.vcpu)
+    before = guest.vm.stats.remote_tlb_flush_requests
+    l2.load(guest.vcpu)
+    assert guest.vm.stats.mmu_unsync == 0
+    assert guest.vm.stats.remote_tlb_flush_requests == before + 4, "three rounds, and one at the end"
+    guest.close()
+
+
+def test_a_sync_that_must_let_others_run_is_broken_off_and_goes_on_later(mmu_guest) -> None:
+    guest = mmu_guest(level=1)
+    l2 = forty_out_of_step(guest)
     yields: list[bool] = []
 
     class Busy(Sched):
