@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from migsim import load, run
+from migsim.cli import main
+from migsim.commands.run import FAULT_NAMES
 from migsim.expectation import surprises
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 IDS = [path.stem for path in CONFIGS]
 # What a test can afford; the rest is shrunk by --set below, or run by hand.
-SMALL = ["tiny", "web-64g", "larger-downtime", "dirty-rate-misleads"]
+SMALL = ["tiny", "one-step-missing", "web-64g", "larger-downtime", "dirty-rate-misleads"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=IDS)
@@ -30,6 +32,12 @@ def test_the_first_line_asks_and_the_second_says_what_to_expect(path):
 def test_a_small_scenario_ends_as_it_says(name):
     result = run(load(f"configs/{name}.toml"))
     assert surprises(result) == [] and result.verify["lost-pages"] == 0
+
+
+@pytest.mark.parametrize("fault", FAULT_NAMES)
+def test_with_any_one_step_missing_a_run_names_lost_pages(fault, capsys):
+    assert main(["run", "configs/one-step-missing.toml", "--fault", fault]) == 3
+    assert "PAGES LOST: pc.ram page" in capsys.readouterr().out
 
 
 SHRUNK = [
