@@ -14,7 +14,7 @@ from migsim.perf.memstress import Memstress
 from migsim.perf.profile import HostProfile, load_profile
 from migsim.perf.rules import Rules, default_kernel, rules_for
 from migsim.quantities import clock, in_words
-from migsim.result import Progress, Result
+from migsim.result import Result
 from migsim.scenario import Scenario
 from migsim.selftest.demand_paging import demand_paging_test
 from migsim.units import NS_PER_MS, NS_PER_S, PAGE_SIZE
@@ -42,15 +42,12 @@ def column(name: str, result: Result) -> Column:
     return Column(name, result)
 
 
-def by_mmu(
-    scenario: Scenario, *, seed: int = 0, threads: int | None = None, verify: bool = True,
-    progress: Callable[[Progress], None] | None = None,
-) -> Iterator[Column]:  # fmt: skip
+def by_mmu(scenario: Scenario, *, seed: int = 0, verify: bool = True) -> Iterator[Column]:
     """The same migration of the same guest under each MMU, and what populating the guest took there."""
     host = load_profile(scenario.host.profile)
     for mmu in MMUS:
         chosen = msgspec.structs.replace(scenario, kvm=msgspec.structs.replace(scenario.kvm, mmu=mmu))
-        result = simulation.run(chosen, seed=seed, threads=threads, verify=verify, progress=progress)
+        result = simulation.run(chosen, seed=seed, verify=verify)
         yield Column(mmu, result, _populate(chosen, mmu, host), _why(chosen, result))
 
 

@@ -120,9 +120,9 @@ def test_initially_set_does_no_work_at_enable_and_splits_at_the_first_clear(mmu_
     guest.close()
 
 
-def test_the_last_page_of_a_clear_is_split_too(mmu_guest) -> None:
-    """The exclusive end was once passed as inclusive (1aa4bb91)."""
-    guest = mmu_guest(WP, base=512 - 32, pages=1024)
+def _logged_across_a_huge_page(mmu_guest, config):
+    """A slot that begins 32 pages before a huge page, under INITIALLY_SET: gfn 512 is bit 32 of the first mask."""
+    guest = mmu_guest(config, base=512 - 32, pages=1024)
     guest.delete_slot()
     guest.hva += (512 - 32) * 4096
     guest.pages = 544
@@ -130,6 +130,12 @@ def test_the_last_page_of_a_clear_is_split_too(mmu_guest) -> None:
     guest.vm.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0, (3,))
     guest.write(600)
     guest.log()
+    return guest
+
+
+def test_the_last_page_of_a_clear_is_split_too(mmu_guest) -> None:
+    """The exclusive end was once passed as inclusive (1aa4bb91)."""
+    guest = _logged_across_a_huge_page(mmu_guest, WP)
     guest.clear(512)
     assert guest.spte(600)[1] == 1, "gfn 512 is bit 32 of its mask and the first page of its huge page"
     guest.close()
@@ -137,14 +143,7 @@ def test_the_last_page_of_a_clear_is_split_too(mmu_guest) -> None:
 
 def test_a_last_page_that_begins_a_huge_page_is_protected_with_it(mmu_guest) -> None:
     """KVM rounds both ends up before it compares them (3c9bd400): it would leave this one writable and clean."""
-    guest = mmu_guest(replace(WP, eager_page_split=False), base=512 - 32, pages=1024)
-    guest.delete_slot()
-    guest.hva += (512 - 32) * 4096
-    guest.pages = 544
-    guest.set_slot(0)
-    guest.vm.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0, (3,))
-    guest.write(600)
-    guest.log()
+    guest = _logged_across_a_huge_page(mmu_guest, replace(WP, eager_page_split=False))
     assert guest.spte(600)[1] == 2
     guest.clear(511, 512)
     assert not bits(guest, 512)[0]

@@ -93,3 +93,19 @@ def unflushed(honest: Any) -> Any:
             return honest(owner, *args, **more)
 
     return other
+
+
+def told(field: str, value: object, *, at: int) -> Make:
+    """The honest function while `field` of its argument `at` is `value`; it is as before afterwards."""
+
+    def make(honest: Any) -> Any:
+        def other(*args: Any) -> Any:
+            kept = getattr(args[at], field)
+            setattr(args[at], field, value)
+            answer = honest(*args)
+            setattr(args[at], field, kept)
+            return answer
+
+        return other
+
+    return make

@@ -11,21 +11,13 @@ from migsim.kvm import changed_spte, tdp_log, tdp_mmu
 from migsim.kvm.tdp_iter import for_each_tdp_pte
 from migsim.kvm.tdp_mmu import RetPf
 
-from .declare import column, gone, inside, unflushed, without
+from .declare import column, gone, inside, told, unflushed, without
 
 gone("5.12 PML on only", "memory_region.MemoryRegions.update_cpu_dirty_logging", "tells no vCPU")
 
 
-@without("5.12 PML on only", "vcpu.Vcpu.update_cpu_dirty_logging", "switches at once, though L2 runs")
-def _(honest: Any) -> Any:
-    def update(vcpu: Any) -> None:
-        guest_mode, vcpu.guest_mode = vcpu.guest_mode, False
-        honest(vcpu)
-        vcpu.guest_mode = guest_mode
-
-    return update
-
-
+without("5.12 PML on only", "vcpu.Vcpu.update_cpu_dirty_logging", "switches at once, though L2 runs",
+        told("guest_mode", False, at=0))  # fmt: skip
 gone("5.13 zap all by", "zap.invalidate_all_roots", "marks no root", answer=[])
 gone("5.13 zap all by", "zap.zap_invalidated_roots", "leaves what was marked")
 without("5.13 bit 11 says", "spte.SpteFormat.is_present", "takes all for present that is not zero and not MMIO",
@@ -36,17 +28,7 @@ without("5.13 a notifier takes", "mmu.Mmu.invalidate_range_end", "leaves the slo
 gone("5.15 fast page fault", "page_fault.fast_page_fault", "leaves it to the slow path", answer=RetPf.INVALID)
 
 
-@without("5.15 fast page fault", "page_fault.fast_page_fault", "does not mark the page")
-def _(honest: Any) -> Any:
-    def fast(mmu: Any, root: Any, fault: Any) -> RetPf:
-        slot, fault.slot = fault.slot, None
-        result = honest(mmu, root, fault)
-        fault.slot = slot
-        return result
-
-    return fast
-
-
+without("5.15 fast page fault", "page_fault.fast_page_fault", "does not mark the page", told("slot", None, at=2))
 gone("5.15 pages_4k", "stats.Stats.update_page_stats", "counts nothing")
 without("5.15 a fault does not install", "page_fault.is_stale", "does not ask whether the root is still valid",
         lambda _: lambda mmu, root, fault: mmu.invalidate.retry(fault.invalidate_seq, fault.gfn))  # fmt: skip
@@ -286,15 +268,6 @@ without("6.14 the PML buffer", "pml.PmlBuffer.pending", "is read newest first",
         lambda honest: lambda pml: sorted(honest(pml), reverse=True))  # fmt: skip
 
 
-@without("6.15 spurious is checked", "tdp_mmu.map_target_level", "makes the SPTE anew for a prefetch")
-def _(honest: Any) -> Any:
-    def target(mmu: Any, fault: Any, it: Any) -> RetPf:
-        prefetch, fault.prefetch = fault.prefetch, False
-        result = honest(mmu, fault, it)
-        fault.prefetch = prefetch
-        return result
-
-    return target
-
-
+without("6.15 spurious is checked", "tdp_mmu.map_target_level", "makes the SPTE anew for a prefetch",
+        told("prefetch", False, at=1))  # fmt: skip
 column("6.18 NX recovery", "nx_recovery.recover_nx_huge_pages", "nx_read_lock", False, "holds the lock for write")
